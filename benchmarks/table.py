@@ -1,0 +1,174 @@
+"""Turn result JSONs into Markdown tables, and keep the ones in a document up to date.
+
+    python benchmarks/table.py benchmarks/results/quality.json
+    python benchmarks/table.py --update README.md      # between <!-- bench:NAME --> and <!-- /bench:NAME -->
+    python benchmarks/table.py --check README.md       # exit 1 if --update would change it
+
+NAME is a file of benchmarks/results without `.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+MARKER = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- bench:([\w.-]+) -->")
+
+
+class TableError(ValueError):
+    """A result or a marker that no table can be made of; the message says which and why."""
+
+
+def markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]], left: int = 1) -> str:
+    """Lay out a Markdown table whose first `left` columns are text and whose others are numbers."""
+    rule = [":--" if index < left else "--:" for index in range(len(headings))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, tuple(rule), *rows))
+
+
+def _with_error(value: dict[str, Any]) -> str:
+    if value["error"] is None:
+        return f"{value['mean']:.4f}"
+    return f"{value['mean']:.4f} ± {value['error']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+
+
+def quality(result: dict[str, Any]) -> str:
+    """Averages over texts: one row for each length, setting and mode."""
+    headings = (
+        "row",
+        "mode",
+        "tokens",
+        "texts",
+        "ΔNLL",
+        "KL(dense ‖ routed)",
+        "top-1",
+        "attended",
+        "K/V read",
+    )
+    rows = []
+    for entry in result["summary"]:
+        shares = [
+            f"{100 * entry[key]['mean']:.1f}%" for key in ("top1", "attended", "kv_bytes", "summary_bytes")
+        ]
+        distances = (
+            ("0", "0") if entry["row"] == "dense" else map(_with_error, (entry["delta_nll"], entry["kl"]))
+        )
+        first = (entry["row"], entry["mode"], str(entry["length"]), str(entry["documents"]))
+        rows.append((*first, *distances, *shares))
+    note = "nats a token; ± standard error over texts [bootstrap 95%]; bytes as a share of dense K/V."
+    names = ", ".join(document["name"] for document in result["documents"])
+    return f"{markdown((*headings, 'summaries read'), rows, 2)}\n\nTexts: {names}; {note}"
+
+
+def cpu_decode(result: dict[str, Any]) -> str:
+    """Both lanes of the race, with floors."""
+    headings = ("what", "tokens/s", "against dense", "ms a step", "floor, ms", "measured / floor")
+    peer = next(iter(result["lanes"].values()))["tokens_per_second"]
+    rows = []
+    for name, row in result["lanes"].items():
+        speed = (f"{row['tokens_per_second']:.2f}", f"{row['tokens_per_second'] / peer:.2f}x")
+        times = (row["milliseconds"], row["floor_milliseconds"])
+        rows.append((name, *speed, *(f"{t:.1f}" for t in times), f"{row['measured_over_floor']:.2f}"))
+    context = f"{result['settings']['length']} tokens in the cache, {result['settings']['threads']} threads"
+    bandwidth = max(result["bandwidth"].values()) / 1e9
+    return (
+        f"{markdown(headings, rows)}\n\n{context}; floor: weights and K/V read once at {bandwidth:.1f} GB/s."
+    )
+
+
+def gpu_memory(result: dict[str, Any]) -> str:
+    """Peak memory and K/V on the GPU for each context, dense beside hga."""
+    headings = (
+        "context",
+        "peak, dense",
+        "peak, hga",
+        "K/V on the GPU, dense",
+        "hga",
+        "index, hga",
+        "host RAM, hga",
+    )
+    sides: dict[int, dict[str, dict[str, Any]]] = {}
+    for point in result["points"]:
+        sides.setdefault(point["context"], {})[point["side"]] = point
+    rows = []
+    for context, both in sorted(sides.items()):
+        dense, hga = both["dense"], both["hga"]
+        sizes = [dense["peak_bytes"], hga["peak_bytes"], dense["gpu_kv_bytes"], hga["gpu_kv_bytes"]]
+        sizes += [hga["gpu_index_bytes"], hga["host_kv_bytes"]]
+        rows.append((str(context), *(f"{size / 2**20:.1f}" for size in sizes)))
+    return f"{markdown(headings, rows, 0)}\n\nMiB above the weights; K/V tier: {result['settings']['tier']}."
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quality": quality,
+    "cpu_decode": cpu_decode,
+    "gpu_memory": gpu_memory,
+}
+
+
+def render(path: Path | str) -> str:
+    """Return the Markdown of one result: a table, a line of what the columns mean, a line of what ran where.
+
+    Raises
+    ------
+    TableError
+        If the file is missing, is no JSON, or is not of a known benchmark.
+    """
+    path = Path(path)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        table = RENDERERS[result["benchmark"]](result)
+        model, ran = result["model"], result["environment"]
+    except OSError as error:
+        raise TableError(
+            f"no result {path.name}: run the benchmark that writes it ({error.strerror})"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        known = ", ".join(RENDERERS)
+        raise TableError(f"{path.name} is no result of {known}: {type(error).__name__} {error}") from error
+    versions = f"torch {ran['torch']}, transformers {ran['transformers']}"
+    return f"{table} {model['name']}; {ran['device']}, {versions}, {ran['date']}.\n"
+
+
+def update(text: str, results: Path = RESULTS) -> str:
+    """Return a document with every marked table rendered anew."""
+    opened, closed = OPENING.findall(text), [match[1] for match in MARKER.findall(text)]
+    if opened != closed:
+        broken = next((name for name in opened if name not in closed), opened[0])
+        raise TableError(f"<!-- bench:{broken} --> wants <!-- /bench:{broken} --> after it, no other between")
+    return MARKER.sub(lambda match: f"{match[1]}{render(results / f'{match[2]}.json')}{match[4]}", text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("results", nargs="*", type=Path, help="result JSONs to print as Markdown")
+    parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="render its marked tables anew")
+    parser.add_argument("--check", type=Path, metavar="DOCUMENT", help="exit 1 if a table is out of date")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where NAME.json lies")
+    options = parser.parse_args(arguments)
+    if not (options.results or options.update or options.check):
+        parser.error("nothing to do: name a result, --update DOCUMENT or --check DOCUMENT")
+    try:
+        for path in options.results:
+            print(render(path))
+        if options.update:
+            options.update.write_text(update(options.update.read_text("utf-8"), options.folder), "utf-8")
+        if options.check:
+            text = options.check.read_text("utf-8")
+            if update(text, options.folder) != text:
+                print(f"{options.check.name} is out of date: table.py --update it", file=sys.stderr)
+                return 1
+    except (TableError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

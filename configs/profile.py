@@ -1,0 +1,175 @@
+"""A profile: one validated document with model, GPU, routing, offload and compile settings."""
+
+import hashlib
+import json
+import re
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from hga_compile.configs.base import Settings
+from hga_compile.configs.budget import Budget, Window
+from hga_compile.configs.routing import LayerOverride, Routing
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Budget",
+    "CompileSettings",
+    "LayerOverride",
+    "ModelMatch",
+    "Offload",
+    "Profile",
+    "Routing",
+    "Window",
+]
+
+SCHEMA_VERSION = 1
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+_BYTES_PATTERN = r"^([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]i?B|B)$"
+
+
+def _parse_bytes(value: object) -> object:
+    """Turn "64GiB" into bytes; what is not text is left to the integer check."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(_BYTES_PATTERN, value)
+    if found is None:
+        raise PydanticCustomError(
+            "bytes_text", 'Input should be a number of bytes or a size such as "64GiB" or "512MB"'
+        )
+    return int(Decimal(found[1]) * _UNITS[found[2]])
+
+
+def _known_version(value: object) -> object:
+    """Refuse a document of another schema, and whatever only compares equal to its number."""
+    if type(value) is not int:
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    if value > SCHEMA_VERSION:
+        raise PydanticCustomError(
+            "newer_schema",
+            f"Input should be at most {SCHEMA_VERSION}, the newest that this hga-compile reads "
+            "(upgrade hga-compile)",
+        )
+    return value
+
+
+Bytes = Annotated[
+    int,
+    Field(ge=1),
+    BeforeValidator(_parse_bytes),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _BYTES_PATTERN}]}
+    ),
+]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelMatch(Settings):
+    """The model that a profile was made for; null fields match anything."""
+
+    hub_id: Annotated[str, Field(min_length=1)] | None = None
+    """Name on the Hugging Face hub, such as `HuggingFaceTB/SmolLM2-135M-Instruct`."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of the checkpoint, 64 lower-case hexadecimal digits."""
+
+    layers: Count | None = None
+    """Number of layers."""
+
+    heads: Count | None = None
+    """Query heads of a layer."""
+
+    kv_heads: Count | None = None
+    """KV heads of a layer."""
+
+    head_dim: Count | None = None
+    """Channels of a head."""
+
+
+class Offload(Settings):
+    """Where the token K/V lives."""
+
+    tier: Literal["auto", "gpu", "host", "nvme"] = "auto"
+    """Home of the token K/V: `gpu`, `host` (pinned RAM), `nvme` (files); `auto` is `host`."""
+
+    hot_cache: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the tokens kept in GPU slots, above 0 and at most 1. null: no hot cache."""
+
+    host_budget: Bytes | None = None
+    """Most host RAM for K/V: bytes, or a size such as `64GiB`. null: what the system allows."""
+
+    nvme_folder: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")] | None = None
+    """Folder of the `nvme` tier's files. null: the system's temporary folder."""
+
+
+class CompileSettings(Settings):
+    """What happens to the rest of the graph."""
+
+    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    """Backend that compiles everything but the attention."""
+
+    strict: bool = False
+    """Whether an attention site that stays dense is an error."""
+
+
+class Profile(Settings):
+    """One complete description of how a model runs.
+
+    Immutable and hashable. In Python it is built from these models or by
+    `hga_compile.configs.loader.load_profile`.
+
+    Examples
+    --------
+    >>> profile = Profile(name="short", routing=Routing(budget=Budget(fraction=0.05)))
+    >>> profile.routing.budget.tokens_for(8192)
+    410
+    """
+
+    schema_version: Annotated[Literal[1], BeforeValidator(_known_version)] = 1
+    """Version of this document's layout."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    """Name shown in reports."""
+
+    description: str = ""
+    """What the profile is for."""
+
+    model: ModelMatch | None = None
+    """The model it was made for. null: any."""
+
+    gpu: Annotated[str, Field(min_length=1)] | None = None
+    """The GPU it was made for, as the driver names it. null: any."""
+
+    routing: Routing = Routing()
+    """Which tokens a query attends to."""
+
+    offload: Offload = Offload()
+    """Home of the token K/V, and how much memory it may take."""
+
+    compile: CompileSettings = CompileSettings()
+    """Inner backend and strictness."""
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that identify the profile's content.
+
+        Returns
+        -------
+        str
+            The start of the SHA-256 of the profile as JSON with sorted keys and no spaces.
+        """
+        document = self.model_dump(mode="json")
+        canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,141 @@
+"""The torch.compile backend "hga"."""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from hga_compile.configs.loader import resolve_profile
+from hga_compile.configs.profile import Profile
+from hga_compile.hooks import install_hooks
+from hga_compile.passes.decision import Decision, Reason
+from hga_compile.passes.pipeline import StrictError, rewrite_graph
+from hga_compile.reporting import note_graph
+
+__all__ = ["hga"]
+
+log = logging.getLogger(__name__)
+
+# torch.compile loads this module when it looks the backend up, before anything is traced: the one right time.
+install_hooks()
+
+
+def hga(
+    graph: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph with routed attention.
+
+    Registered as ``backend="hga"`` of `torch.compile`; not called by hand.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        From Dynamo.
+    example_inputs : sequence
+        Its inputs.
+    mode : str or None
+        A mode of the inner Inductor, such as ``max-autotune-no-cudagraphs``; ignored by other inner backends.
+    options : mapping or None
+        `profile` and single settings (see docs/profiles.md).
+
+    Returns
+    -------
+    callable
+        The compiled graph.
+
+    Raises
+    ------
+    ProfileError
+        Unknown or invalid options.
+    StrictError
+        With `compile.strict`, a site that stays dense.
+    """
+    profile = resolve_profile(options)
+    _check_offload(profile)
+    if _needs_grad(graph):
+        decisions = _dense_sites(graph, Reason.REQUIRES_GRAD, "call under torch.no_grad()")
+        _finish(decisions, profile)
+        return _inner(graph, example_inputs, profile, mode)
+    try:
+        rewritten = rewrite_graph(graph, profile)
+    except StrictError:
+        raise
+    except Exception as error:
+        # Whatever cannot be traced again runs as Dynamo made it, with every site dense.
+        log.warning("graph left as it is: %s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(10))
+        detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        _finish(_dense_sites(graph, Reason.RETRACE_FAILED, detail), profile)
+        return _inner(graph, example_inputs, profile, mode)
+    note_graph(rewritten.decisions)
+    _warn_static(rewritten.decisions)
+    return _inner(rewritten.graph, example_inputs, profile, mode)
+
+
+def _finish(decisions: list[Decision], profile: Profile) -> None:
+    note_graph(decisions)
+    if profile.compile.strict and decisions:
+        raise StrictError(
+            f"{len(decisions)} attention sites stay dense: {decisions[0].reason.value} ({decisions[0].detail}); "
+            "turn compile.strict off to allow it"
+        )
+
+
+def _inner(
+    graph: GraphModule, example_inputs: Sequence[Any], profile: Profile, mode: str | None
+) -> Callable[..., Any]:
+    """Hand the graph to the backend that compiles everything but the attention."""
+    inner = profile.compile.inner
+    if inner == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = list_mode_options(mode) if mode not in (None, "default") else {}
+        # Handles are CPU tensors, which Inductor's own CUDA graphs refuse graph by graph.
+        patches.pop("triton.cudagraphs", None)
+        return compile_fx(graph, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(inner)(graph, list(example_inputs))  # type: ignore[no-any-return]
+
+
+def _check_offload(profile: Profile) -> None:
+    """Refuse settings that nothing serves, rather than ignore them."""
+    offload = profile.offload
+    if offload.tier == "nvme":
+        raise ValueError("tier nvme is not available in this version, expected gpu, host or auto (offload.tier)")
+    for name in ("hot_cache", "host_budget", "nvme_folder"):
+        if getattr(offload, name) is not None:
+            raise ValueError(f"offload.{name} is not available in this version, expected null (offload.{name})")
+
+
+def _needs_grad(graph: GraphModule) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    values = (node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder")
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
+def _dense_sites(graph: GraphModule, reason: Reason, detail: str) -> list[Decision]:
+    """Name the attention sites of a graph that was not retraced."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return [
+        Decision(node.name, None, "any", reason, detail)
+        for node in graph.graph.nodes
+        if node.op == "call_function" and node.target is attention
+    ]
+
+
+def _warn_static(decisions: Sequence[Decision]) -> None:
+    if any(d.reason is Reason.SINGLE_QUERY and d.detail == "a static cache" for d in decisions):
+        warnings.warn(
+            'backend "hga" got a static cache, whose attention stays dense. Write model.compile(backend="hga") and '
+            "generate() without cache_implementation, or pass past_key_values=HGACache(model.config)",
+            stacklevel=2,
+        )

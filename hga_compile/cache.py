@@ -1,0 +1,316 @@
+"""Cache layers for transformers whose K/V live in an hga store, reached through a handle in the graph."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from hga_compile.configs.loader import resolve_profile
+from hga_compile.configs.profile import Profile
+from hga_compile.kernels import ops
+from hga_compile.kernels.states import STATES
+from hga_compile.store import LayerStore
+from hga_compile.tracing import traced_for_hga
+
+__all__ = ["CacheMemory", "HGACache", "HGALayer", "HGASlidingLayer", "cache_memory"]
+
+
+class _Stored:
+    """What both kinds of layer share: a handle to a store once there is one, the stock layer until then.
+
+    A layer opens its store when a graph of backend "hga" first updates it, or from the start in an `HGACache`.
+    Until then it is the stock layer, so that models which are not compiled with hga see no difference.
+    """
+
+    stored = False
+    """Whether the layer opens its store on the first update, compiled or not."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.handle: Tensor | None = None
+        self.seen = 0
+        self._plain_keys: Tensor | None = None
+        self._plain_values: Tensor | None = None
+        self.sizes = (0, 0, 0, 0)
+        """Batch, KV heads, channels of a key, channels of a value."""
+        super().__init__(*args, **kwargs)
+
+    @property
+    def is_compileable(self) -> bool:
+        """True while tracing: transformers then builds the same mask ops at every length."""
+        return torch.compiler.is_compiling()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys, ``[batch, kv_heads, tokens, dim]``; copied out of the store if there is one."""
+        return self._plain_keys if self.handle is None else self._read()[0]
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._plain_keys = value
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values, likewise."""
+        return self._plain_values if self.handle is None else self._read()[1]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._plain_values = value
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Add rows and return what attention reads: all K and V (see `CacheLayerMixin.update`)."""
+        needs_grad = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if self.handle is None:
+            if needs_grad or not (self.stored or (torch.compiler.is_compiling() and traced_for_hga())):
+                return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+            self._open(key_states, value_states)
+        elif needs_grad:
+            # The store has no backward: go on as the stock layer, with what is stored as history.
+            self._to_plain()
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        self.seen = self.seen + key_states.shape[-2]
+        return torch.ops.hga.append(key_states, value_states, self.handle, self.seen)
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen."""
+        return super().get_seq_length() if self.handle is None else self.seen  # type: ignore[misc]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the keys that a mask must cover."""
+        if self.handle is None and not (
+            self.stored or (torch.compiler.is_compiling() and traced_for_hga())
+        ):
+            return super().get_mask_sizes(query_length)  # type: ignore[misc]
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._close()
+        super().reset()  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; `tokens_to_remove` is negative, as transformers has it."""
+        if self.handle is None:
+            super().crop(tokens_to_remove)  # type: ignore[misc]
+            return
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the negative number of tokens to remove, got {tokens_to_remove}; "
+                f"try {-tokens_to_remove}"
+            )
+        length = max(0, self.seen + tokens_to_remove)
+        self._state().truncate(length)
+        self.seen = length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace each sequence by sequence ``beam_idx``: beam search."""
+        if self.handle is None:
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
+        else:
+            self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        if self.handle is None:
+            super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        else:
+            self._select(torch.arange(self.sizes[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices` (numbers or a bool mask)."""
+        if self.handle is None:
+            super().batch_select_indices(indices)  # type: ignore[misc]
+        else:
+            self._select(torch.arange(self.sizes[0])[indices.cpu()])
+
+    def offload(self) -> None:
+        """Do as the stock layer without a store; a store has its own tier."""
+        if self.handle is None:
+            super().offload()  # type: ignore[misc]
+
+    def prefetch(self) -> None:
+        """Do as the stock layer without a store; a store fetches what is routed to."""
+        if self.handle is None:
+            super().prefetch()  # type: ignore[misc]
+
+    def memory(self) -> tuple[int, int, int]:
+        """Return bytes of K/V on the accelerator, of the index, and of K/V in host RAM."""
+        if self.handle is not None:
+            return self._state().nbytes()
+        plain = [part for part in (self._plain_keys, self._plain_values) if part is not None]
+        return sum(part.nbytes for part in plain), 0, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        for name, value in self.__dict__.items():
+            # Two layers must never write to one store.
+            other.__dict__[name] = None if name == "handle" else copy.deepcopy(value, memo)
+        if self.handle is not None:
+            other.handle = STATES.adopt(self._state().clone())
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.handle is not None:
+            # A handle means nothing elsewhere: the rows travel instead.
+            state["_plain_keys"], state["_plain_values"] = self._read()
+            state["handle"], state["seen"] = None, 0
+        return state
+
+    def __del__(self) -> None:
+        handle = self.__dict__.get("handle")
+        if handle is not None:
+            STATES.close(handle)
+
+    def _open(self, key_states: Tensor, value_states: Tensor) -> None:
+        if not self.is_initialized:
+            super().lazy_initialization(key_states, value_states)  # type: ignore[misc]
+        keys, values = self._plain_keys, self._plain_values
+        if keys is None or values is None or keys.numel() == 0:
+            keys, values = key_states[..., :0, :], value_states[..., :0, :]
+        batch, heads, _, dim = key_states.shape
+        self.sizes = (batch, heads, dim, value_states.shape[-1])
+        self.seen = self.get_seq_length()
+        self.handle = torch.ops.hga.open(keys, values)
+        self._plain_keys = self._plain_values = None
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        batch, heads, dim, value_dim = self.sizes
+        key, value = torch.ops.hga.read(
+            self.handle, [batch, heads, self.seen, dim], value_dim, self.dtype, self.device
+        )
+        return key, value
+
+    def _to_plain(self) -> None:
+        self._plain_keys, self._plain_values = self._read()
+        self.handle = None
+
+    def _close(self) -> None:
+        if self.handle is not None:
+            STATES.close(self.handle)
+        self.handle, self.seen = None, 0
+
+    def _state(self) -> LayerStore:
+        assert self.handle is not None  # callers have checked
+        state = STATES.get(self.handle)
+        assert isinstance(state, LayerStore)  # the only kind that is ever opened
+        return state
+
+    def _select(self, index: Tensor) -> None:
+        self._state().select_batch(index)
+        self.sizes = (len(index), *self.sizes[1:])
+
+
+class HGALayer(_Stored, DynamicLayer):
+    """A full-attention layer of a dynamic cache."""
+
+
+class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
+    """A sliding-window layer of a dynamic cache.
+
+    Under hga it tells transformers the length of the whole sequence, so that nothing in the graph changes as
+    the window fills up; the rewritten attention keeps and reads the window only.
+    """
+
+    def _open(self, key_states: Tensor, value_states: Tensor) -> None:
+        seen = self.cumulative_length
+        if self._plain_keys is not None and 0 < self._plain_keys.numel() and self._plain_keys.shape[-2] < seen:
+            raise RuntimeError(
+                f"a sliding layer that ran {seen} tokens as the stock layer has forgotten the first ones and "
+                "cannot go on under hga; start with a new cache or with HGACache"
+            )
+        super()._open(key_states, value_states)
+        self.seen = seen
+
+
+class HGACache(DynamicCache):
+    """A transformers cache whose K/V live in hga's store from the first token on.
+
+    `generate()` and `forward()` of a model compiled with backend "hga" make such layers by themselves. Passed
+    as `past_key_values`, this explicit form also works with `CompileConfig(backend="hga")`, and with a model
+    that is not compiled (then every layer reads all of its K/V: dense, correct, slow).
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+        Of the model.
+    profile : Profile, str, path or None
+        Whose `offload.tier` the K/V start in; None: environment and built-in default.
+
+    Raises
+    ------
+    ProfileError
+        A profile that cannot be read.
+    """
+
+    def __init__(self, config: Any, profile: Any = None) -> None:
+        options = None if profile is None else {"profile": profile}
+        self.profile: Profile = resolve_profile(options)
+        super().__init__(config=config)
+        for number, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[number] = HGALayer()
+            elif type(layer) is DynamicSlidingWindowLayer:
+                self.layers[number] = HGASlidingLayer(sliding_window=layer.sliding_window)
+        for layer in self.layers:
+            if isinstance(layer, _Stored):
+                layer.stored = True
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: `CompileConfig(backend="hga")` compiles decoding with this cache."""
+        return True
+
+
+class CacheMemory:
+    """Where the K/V of a cache lie, in bytes.
+
+    Attributes
+    ----------
+    accelerator_kv : int
+        Token K/V on the compute device (on a CPU without an accelerator: held as plain tensors).
+    accelerator_index : int
+        Summaries.
+    host_kv : int
+        Token K/V in host RAM.
+    nvme_kv : int
+        Token K/V in files.
+    """
+
+    def __init__(self, accelerator_kv: int, accelerator_index: int, host_kv: int, nvme_kv: int = 0) -> None:
+        self.accelerator_kv, self.accelerator_index = accelerator_kv, accelerator_index
+        self.host_kv, self.nvme_kv = host_kv, nvme_kv
+
+    def __repr__(self) -> str:
+        parts = (f"{name}={value}" for name, value in vars(self).items())
+        return f"CacheMemory({', '.join(parts)})"
+
+
+def cache_memory(cache: Any) -> CacheMemory:
+    """Add up where the K/V of a transformers cache lie.
+
+    Parameters
+    ----------
+    cache : transformers.Cache
+        Any cache whose layers have `keys` and `values` or are hga's.
+
+    Returns
+    -------
+    CacheMemory
+        In bytes; capacity, not only what is filled.
+    """
+    totals = [0, 0, 0]
+    for layer in cache.layers:
+        if isinstance(layer, _Stored):
+            part = layer.memory()
+        else:
+            plain = (getattr(layer, name, None) for name in ("keys", "values"))
+            part = (sum(tensor.nbytes for tensor in plain if isinstance(tensor, Tensor)), 0, 0)
+        totals = [total + more for total, more in zip(totals, part, strict=True)]
+    return CacheMemory(*totals)
+
+
+del ops  # imported for the registration of the ops that this module calls

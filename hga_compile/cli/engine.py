@@ -1,0 +1,164 @@
+"""A model as the commands call it: dense as it is, or compiled with hga; one face for both."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+PLACES = ("accelerator_kv", "accelerator_index", "host_kv", "nvme_kv")
+
+
+class Engine(Protocol):
+    """How a command runs a model and asks what it read."""
+
+    model: Any
+    """The uncompiled model."""
+    call: Any
+    """What is called: `model` or its compiled form."""
+
+    def new_cache(self) -> Any:
+        """Return an empty cache."""
+
+    def reset(self) -> None:
+        """Forget what was counted so far."""
+
+    def reads(self, phase: str) -> dict[str, Any]:
+        """Return the shares of a phase (prefill or decode), none if it did not happen.
+
+        ``attended`` of the visible tokens; ``kv_bytes_read`` and ``summary_bytes_read`` of the bytes of K/V
+        that dense attention would read.
+        """
+
+    def bytes_read(self, phase: str) -> float:
+        """Return the bytes of K/V and summaries that were read in a phase, all layers."""
+
+    def memory(self, cache: Any) -> dict[str, int]:
+        """Return the bytes that a cache holds by place."""
+
+    def sites(self) -> dict[str, Any] | None:
+        """Return the number of routed and dense attention sites, and the counted fallbacks."""
+
+
+class Dense:
+    """The uncompiled model with its own cache and attention.
+
+    Parameters
+    ----------
+    model
+        Causal language model of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = self.call = model
+        self._cache: Any = None
+
+    def new_cache(self) -> Any:
+        """Return an empty `DynamicCache`."""
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self.model.config)
+        return self._cache
+
+    def reset(self) -> None:
+        """Do nothing: dense attention reads everything."""
+
+    def reads(self, phase: str) -> dict[str, Any]:
+        """Return whole shares."""
+        return {"attended": 1.0, "kv_bytes_read": 1.0, "summary_bytes_read": 0.0}
+
+    def bytes_read(self, phase: str) -> float:
+        """Return the bytes of the K/V: what one decoded token reads at the present length."""
+        return float(sum(self.memory(self._cache).values()))
+
+    def memory(self, cache: Any) -> dict[str, int]:
+        """Return the bytes of the K/V tensors; without an accelerator they are in host memory."""
+        held = dict.fromkeys(PLACES, 0)
+        for layer in cache.layers:
+            for tensor in (layer.keys, layer.values):
+                if tensor is not None:
+                    held["host_kv" if tensor.device.type == "cpu" else "accelerator_kv"] += tensor.nbytes
+        return held
+
+    def sites(self) -> None:
+        """Return None: nothing was decided."""
+
+
+class Routed:
+    """The model compiled with backend hga.
+
+    Parameters
+    ----------
+    model
+        Causal language model of transformers.
+    profile
+        Profile to compile with.
+    inner
+        Compiler of the rest of the graph, instead of the profile's.
+    """
+
+    def __init__(self, model: Any, profile: Any, inner: str | None = None) -> None:
+        import torch
+
+        options: dict[str, Any] = {"profile": profile}
+        if inner is not None:
+            options["inner"] = inner
+        torch.compiler.reset()
+        self.model, self.profile = model, profile
+        self.call: Any = torch.compile(model, backend="hga", options=options)
+        self.reset()
+
+    def new_cache(self) -> Any:
+        """Return an empty `HGACache`."""
+        import hga_compile
+
+        return hga_compile.HGACache(self.model.config, profile=self.profile)
+
+    def reset(self) -> None:
+        """Forget what was counted so far."""
+        import hga_compile
+
+        hga_compile.reset_report()
+
+    def reads(self, phase: str) -> dict[str, Any]:
+        """Return the shares of a phase, see `Engine.reads`."""
+        use = self._totals(phase)
+        if not use.calls:
+            return {"attended": None, "kv_bytes_read": None, "summary_bytes_read": None}
+        whole = max(1, use.dense_bytes)
+        return {
+            "attended": use.attended_fraction,
+            "kv_bytes_read": use.kv_bytes / whole,
+            "summary_bytes_read": use.summary_bytes / whole,
+        }
+
+    def bytes_read(self, phase: str) -> float:
+        """Return the bytes of K/V and summaries that were read in a phase, all layers."""
+        use = self._totals(phase)
+        return float(use.kv_bytes + use.summary_bytes)
+
+    def attended(self) -> float:
+        """Return the share of the visible tokens that was attended to, in both phases together."""
+        return float(self._totals(None).attended_fraction)
+
+    def memory(self, cache: Any) -> dict[str, int]:
+        """Return the bytes that a cache holds by place."""
+        import hga_compile
+
+        held = hga_compile.cache_memory(cache)
+        return {place: int(getattr(held, place)) for place in PLACES}
+
+    def sites(self) -> dict[str, Any]:
+        """Return the number of routed and dense attention sites, and the counted fallbacks."""
+        import hga_compile
+
+        report = hga_compile.report()
+        routed = sum(site.routed for site in report.sites)
+        return {
+            "routed": routed,
+            "dense": len(report.sites) - routed,
+            "fallbacks": dict(report.fallbacks),
+        }
+
+    def _totals(self, phase: str | None) -> Any:
+        import hga_compile
+
+        return hga_compile.report().totals(phase)

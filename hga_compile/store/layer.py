@@ -1,0 +1,234 @@
+"""The state of one layer of one cache: its pages and its index."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hga_compile.kernels.attend import attend_window
+from hga_compile.kernels.index import LayerIndex
+from hga_compile.kernels.routed import routed_attention
+from hga_compile.kernels.site import SiteConfig
+from hga_compile.kernels.states import STATES
+from hga_compile.store.pages import Pages
+from hga_compile.store.recent import Recent
+
+__all__ = ["LayerStore"]
+
+# Page size of K/V that no routed site has asked for yet.
+_PLAIN_GROUP = 64
+
+
+class LayerStore:
+    """Pages and index of one layer (a `kernels.states.LayerState`).
+
+    The first rows fix batch, heads, channels, dtype and device. The first routed site fixes page size and tier.
+
+    Parameters
+    ----------
+    tier : {"gpu", "host"} or None
+        Where pages live before a routed site says so; None: with the K/V.
+    """
+
+    def __init__(self, tier: Literal["gpu", "host"] | None = None) -> None:
+        self.length = 0
+        self.pages: Pages | None = None
+        self.index: LayerIndex | None = None
+        self.recent: Recent | None = None
+        """The window of a sliding layer, in place of pages."""
+        self.batch = 0
+        self.tier = tier
+        self._group_size = _PLAIN_GROUP
+
+    def put(self, key: Tensor, value: Tensor, length: int) -> None:
+        """Store rows as the last ones of `length` tokens; what was stored behind them is forgotten.
+
+        Parameters
+        ----------
+        key, value : Tensor
+            ``[batch, kv_heads, n, dim]`` and ``[..., v_dim]``.
+        length : int
+            Tokens stored once these are in.
+
+        Raises
+        ------
+        RuntimeError
+            Rows that would leave a gap, or whose shape, dtype or device differs from what is stored.
+        """
+        batch, heads, new, dim = key.shape
+        begin = length - new
+        if self.recent is not None:
+            raise RuntimeError(
+                f"a layer that keeps only its window of {self.recent.window} tokens cannot give back all of them; "
+                "start with a new cache"
+            )
+        if begin > self.length or begin < 0:
+            raise RuntimeError(
+                f"K/V rows must follow on what is stored, got rows {begin} to {length} with {self.length} stored; "
+                "the cache and the model's own count of tokens differ"
+            )
+        if self.pages is None:
+            home = torch.device("cpu") if self.tier == "host" else key.device
+            self.batch = batch
+            self.pages = Pages(
+                batch * heads, dim, value.shape[3], self._group_size, key.dtype, key.device, home
+            )
+        self._check(key, value)
+        self.truncate(begin)
+        self.pages.write(key.detach().flatten(0, 1), value.detach().flatten(0, 1), begin)
+        self.length = length
+
+    def full(self) -> tuple[Tensor, Tensor]:
+        """Return all K and V as ``[batch, kv_heads, length, dim]``, contiguous, on the compute device."""
+        if self.recent is not None:
+            raise RuntimeError(
+                f"a layer that keeps only its window of {self.recent.window} tokens cannot give back all of them"
+            )
+        if self.pages is None:
+            raise RuntimeError("no K/V is stored yet: append before reading")
+        key, value = self.pages.read(0, self.length)
+        return key.unflatten(0, (self.batch, -1)), value.unflatten(0, (self.batch, -1))
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        length: int,
+        key_mask: Tensor | None,
+        scale: float,
+        site: SiteConfig,
+    ) -> Tensor:
+        """Store new rows, then routed attention of the last queries (see `kernels.routed`)."""
+        if self.pages is None:
+            # The first rows are stored where the site wants them, not moved there afterwards.
+            self.tier = "host" if site.tier == "host" else "gpu"
+            self._group_size = site.routing.group_size
+        self.put(key, value, length)
+        pages, index = self._settle(site)
+        source = _Joined(pages, key.detach().flatten(0, 1), value.detach().flatten(0, 1), length)
+        return routed_attention(query, source, index, length, key_mask, scale, site.routing, site.layer)
+
+    def attend_window(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        length: int,
+        key_mask: Tensor | None,
+        scale: float,
+        window: int,
+    ) -> Tensor:
+        """Store new rows, attend exactly within the window, forget what no later query can see."""
+        batch, heads, new, _ = key.shape
+        begin = length - new
+        if self.recent is None:
+            # Rows that an honest append stored before become the first window.
+            past = None if self.pages is None else self.pages.read(max(0, self.length - window + 1), self.length)
+            self.pages = self.index = None
+            self.recent = Recent(window)
+            if past is not None:
+                old_key, old_value = (part.unflatten(0, (batch, heads)) for part in past)
+                self.recent.put(old_key, old_value, self.length)
+        self.batch = batch
+        keys, values = self.recent.put(key.detach(), value.detach(), length)
+        self.length = length
+        first = length - keys.shape[2]
+        mask = None if key_mask is None else key_mask[:, first:length].bool()
+        grouped = query.reshape(batch, heads, -1, new, query.shape[3])
+        assert first <= max(0, begin - window + 1)  # Recent.put checked it
+        out = attend_window(grouped, keys, values, mask, scale, window)
+        return out.reshape(batch, -1, new, values.shape[3])
+
+    def truncate(self, length: int) -> None:
+        """Forget tokens from number `length` on.
+
+        Raises
+        ------
+        RuntimeError
+            A sliding layer that has forgotten tokens which would be visible again.
+        """
+        if length < self.length:
+            if self.recent is not None:
+                self.recent.truncate(length)
+            self.length = length
+            if self.index is not None:
+                self.index.truncate(length)
+
+    def select_batch(self, index: Tensor) -> None:
+        """Replace the sequences of the batch by those of `index` (int64): reorder, repeat, select."""
+        if self.recent is not None:
+            self.recent.select_batch(index)
+        if self.pages is None:
+            return
+        index = index.to("cpu")
+        heads = self.pages.rows // self.batch
+        rows = (index[:, None] * heads + torch.arange(heads)).flatten()
+        self.pages.select_rows(rows)
+        if self.index is not None:
+            self.index.select_rows(rows)
+        self.batch = len(index)
+
+    def clone(self) -> "LayerStore":
+        """Return an independent copy; its index is made anew when it is needed."""
+        other = LayerStore(self.tier)
+        other.length, other.batch = self.length, self.batch
+        other._group_size = self._group_size
+        other.pages = None if self.pages is None else self.pages.clone()
+        other.recent = None if self.recent is None else self.recent.clone()
+        return other
+
+    def nbytes(self) -> tuple[int, int, int]:
+        """Return bytes of K/V on the accelerator, of the index, and of K/V in host RAM."""
+        index = 0 if self.index is None else self.index.nbytes()
+        if self.recent is not None:
+            return self.recent.nbytes(), index, 0
+        if self.pages is None:
+            return 0, index, 0
+        used = self.pages.nbytes()
+        return (0, index, used) if self.pages.home.type == "cpu" else (used, index, 0)
+
+    def _settle(self, site: SiteConfig) -> tuple[Pages, LayerIndex]:
+        """Bring page size, tier and index in line with the site that reads them."""
+        if self.pages is None:
+            raise RuntimeError("no K/V is stored yet: append before attending")
+        home = torch.device("cpu") if site.tier == "host" else self.pages.compute
+        if self.pages.group_size != site.routing.group_size or self.pages.home != home:
+            self.pages = self.pages.moved(site.routing.group_size, home, self.length)
+        if self.index is None or self.index.routing != site.routing:
+            self.index = LayerIndex(site.routing)
+        return self.pages, self.index
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        assert self.pages is not None  # put made them
+        pages = self.pages
+        got = (key.shape[0], key.shape[0] * key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
+        expected = (self.batch, pages.rows, pages.dim, pages.v_dim, pages.dtype, pages.compute)
+        if got != expected:
+            names = ("batch", "batch * KV heads", "key channels", "value channels", "dtype", "device")
+            wrong = [f"{n} {g} (expected {e})" for n, g, e in zip(names, got, expected, strict=True) if g != e]
+            raise RuntimeError(f"K/V rows must match what is stored, got {', '.join(wrong)}")
+
+
+class _Joined:
+    """Pages whose last tokens are still at hand on the compute device (a `kernels.routed.KeyValues`)."""
+
+    def __init__(self, pages: Pages, key: Tensor, value: Tensor, length: int) -> None:
+        self.pages, self.key, self.value = pages, key, value
+        self.begin = length - key.shape[1]
+        self.rows = pages.rows
+
+    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        if end <= self.begin:
+            return self.pages.read(begin, end)
+        new = slice(max(0, begin - self.begin), end - self.begin)
+        if begin >= self.begin:
+            return self.key[:, new], self.value[:, new]
+        key, value = self.pages.read(begin, self.begin)
+        return torch.cat([key, self.key[:, new]], 1), torch.cat([value, self.value[:, new]], 1)
+
+    def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        return self.pages.gather(groups, group_size)
+
+
+STATES.make = LayerStore

@@ -1,0 +1,138 @@
+"""Token K/V of one layer in pages: one page holds a group of tokens of all rows, K and V together."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["Pages"]
+
+
+class Pages:
+    """Pages in one growing buffer ``[groups, rows, group_size * (dim + v_dim)]``.
+
+    A row is one KV head of one sequence. K and V of one group of one row are one contiguous run, the unit that
+    routing fetches; groups come first, so that the buffer grows at its end.
+
+    Parameters
+    ----------
+    rows, dim, v_dim : int
+        KV heads times batch, channels of a key, channels of a value.
+    group_size : int
+        Tokens of a page.
+    dtype : torch.dtype
+        Of the K/V.
+    compute : torch.device
+        Where K/V come from and go to.
+    home : torch.device
+        Where the pages live; pinned when that is the CPU and `compute` is a CUDA device.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        v_dim: int,
+        group_size: int,
+        dtype: torch.dtype,
+        compute: torch.device,
+        home: torch.device,
+    ) -> None:
+        self.rows, self.dim, self.v_dim, self.group_size = rows, dim, v_dim, group_size
+        self.dtype, self.compute, self.home = dtype, compute, home
+        self.buffer = self._allocate(0)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens; what is stored stays."""
+        needed, have = -(-tokens // self.group_size), self.buffer.shape[0]
+        if needed <= have:
+            return
+        # A quarter of slack: appending n tokens one by one copies less than 5 n of them.
+        larger = self._allocate(max(needed, have + have // 4 + 64))
+        larger[:have] = self.buffer
+        self.buffer = larger
+
+    def write(self, key: Tensor, value: Tensor, begin: int) -> None:
+        """Store ``[rows, n, dim]`` keys and values as tokens ``begin, begin + 1, ...``."""
+        tokens, size = key.shape[1], self.group_size
+        self.reserve(begin + tokens)
+        head = min(tokens, -begin % size)
+        whole = (tokens - head) // size * size
+        for start, stop in ((0, head), (head, head + whole), (head + whole, tokens)):
+            if start == stop:
+                continue
+            first, offset = divmod(begin + start, size)
+            groups = -(-(stop - start) // size)
+            keys, values = self._views(first, first + groups)
+            last = offset + (stop - start) // groups
+            for view, rows in ((keys, key), (values, value)):
+                # [rows, n, dim] -> [groups, rows, tokens of a group, dim]
+                view[:, :, offset:last].copy_(rows[:, start:stop].unflatten(1, (groups, -1)).transpose(0, 1))
+
+    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return keys ``[rows, end - begin, dim]`` and values, contiguous, on the compute device."""
+        first, last = begin // self.group_size, -(-end // self.group_size)
+        skip = begin - first * self.group_size
+        parts = []
+        for view in self._views(first, last):
+            tokens = view.transpose(0, 1).flatten(1, 2)[:, skip : skip + end - begin]
+            parts.append(tokens.contiguous().to(self.compute))
+        return parts[0], parts[1]
+
+    def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        """Return keys ``[rows, n * group_size, dim]`` and values of the ``[rows, n]`` groups."""
+        if group_size != self.group_size:
+            raise ValueError(f"pages hold groups of {self.group_size} tokens, got a request for {group_size}")
+        rows = torch.arange(self.rows, device=self.home)[:, None]
+        flat = (groups.to(self.home) * self.rows + rows).flatten()
+        pages = self.buffer.flatten(0, 1)
+        if self.home.type == "cpu" and self.compute.type == "cuda":
+            staging = torch.empty(len(flat), pages.shape[1], dtype=self.dtype, pin_memory=True)
+            torch.index_select(pages, 0, flat, out=staging)
+            found = staging.to(self.compute, non_blocking=True)
+        else:
+            found = pages.index_select(0, flat)
+        found = found.view(self.rows, -1, pages.shape[1])
+        split = self.group_size * self.dim
+        key = found[..., :split].reshape(self.rows, -1, self.dim)
+        return key, found[..., split:].reshape(self.rows, -1, self.v_dim)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the rows by `rows` (int64 indices)."""
+        self.buffer = self._pinned(self.buffer.index_select(1, rows.to(self.home)))
+        self.rows = len(rows)
+
+    def moved(self, group_size: int, home: torch.device, tokens: int) -> "Pages":
+        """Return pages of another group size or home with the first `tokens` tokens."""
+        pages = Pages(self.rows, self.dim, self.v_dim, group_size, self.dtype, self.compute, home)
+        if tokens:
+            pages.write(*self.read(0, tokens), 0)
+        return pages
+
+    def clone(self) -> "Pages":
+        """Return an independent copy."""
+        pages = Pages(
+            self.rows, self.dim, self.v_dim, self.group_size, self.dtype, self.compute, self.home
+        )
+        pages.buffer = self._pinned(self.buffer.clone())
+        return pages
+
+    def nbytes(self) -> int:
+        """Return the bytes allocated."""
+        return self.buffer.nbytes
+
+    def _views(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """K and V of groups as ``[groups, rows, group_size, dim]``."""
+        split = self.group_size * self.dim
+        pages = self.buffer[first:last]
+        return (
+            pages[..., :split].unflatten(-1, (self.group_size, self.dim)),
+            pages[..., split:].unflatten(-1, (self.group_size, self.v_dim)),
+        )
+
+    def _allocate(self, groups: int) -> Tensor:
+        shape = (groups, self.rows, self.group_size * (self.dim + self.v_dim))
+        pin = self.home.type == "cpu" and self.compute.type == "cuda"
+        return torch.empty(shape, dtype=self.dtype, device=self.home, pin_memory=pin)
+
+    def _pinned(self, buffer: Tensor) -> Tensor:
+        pin = self.home.type == "cpu" and self.compute.type == "cuda"
+        return buffer.pin_memory() if pin else buffer

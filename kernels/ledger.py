@@ -1,0 +1,124 @@
+"""What routed attention did: counters per layer and phase, decisions per site, and recorded routes."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["LEDGER", "Ledger", "RouteRecord", "Use"]
+
+
+@dataclass
+class Use:
+    """Counters of one layer in one phase; `attended` may lag on a device until it is read.
+
+    Token counts are sums over batch, KV heads and queries.
+    """
+
+    calls: int = 0
+    queries: int = 0
+    visible: int = 0
+    scored: int = 0
+    """Tokens whose summaries were scored."""
+    summary_bytes: float = 0.0
+    row_bytes: int = 0
+    """Bytes of one token's K and V in one KV head."""
+    hits: int = 0
+    misses: int = 0
+    _attended: int = 0
+    _pending: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def add_attended(self, count: int | Tensor) -> None:
+        """Add attended tokens; a tensor is summed where it lives, without a wait."""
+        if isinstance(count, int):
+            self._attended += count
+        elif count.device in self._pending:
+            self._pending[count.device] += count
+        else:
+            self._pending[count.device] = count.clone()
+
+    @property
+    def attended(self) -> int:
+        """Tokens attended to; waits for the devices that hold counts."""
+        return self._attended + sum(int(part) for part in self._pending.values())
+
+
+@dataclass(frozen=True)
+class RouteRecord:
+    """Routed groups of a run of queries of one layer.
+
+    `groups` is ``[batch, kv_heads, queries, groups]`` bool on the CPU: sinks, window and chosen groups.
+    """
+
+    layer: int
+    first_query: int
+    group_size: int
+    groups: Tensor
+
+
+class Ledger:
+    """The process's one account of what was routed; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._uses: dict[tuple[int, str], Use] = {}
+        self._fallbacks: Counter[str] = Counter()
+        self._recorders: list[tuple[frozenset[int] | None, list[RouteRecord]]] = []
+
+    def use(self, layer: int, phase: str) -> Use:
+        """Return the counters of a layer in a phase (`prefill` or `decode`), made on first use."""
+        with self._lock:
+            return self._uses.setdefault((layer, phase), Use())
+
+    def uses(self) -> dict[tuple[int, str], Use]:
+        """Return all counters by layer and phase."""
+        with self._lock:
+            return dict(sorted(self._uses.items()))
+
+    def count_fallback(self, reason: str) -> None:
+        """Count a call that ran another way than asked."""
+        with self._lock:
+            self._fallbacks[reason] += 1
+
+    def fallbacks(self) -> dict[str, int]:
+        """Return the counted fallbacks by reason."""
+        with self._lock:
+            return dict(self._fallbacks)
+
+    def reset(self) -> None:
+        """Forget all counts; running recordings go on."""
+        with self._lock:
+            self._uses.clear()
+            self._fallbacks.clear()
+
+    def wants(self, layer: int) -> bool:
+        """Say whether somebody records the routes of `layer`."""
+        return any(layers is None or layer in layers for layers, _ in self._recorders)
+
+    def record(self, record: RouteRecord) -> None:
+        """Hand a record to everybody who asked for its layer."""
+        with self._lock:
+            for layers, records in self._recorders:
+                if layers is None or record.layer in layers:
+                    records.append(record)
+
+    @contextmanager
+    def recording(self, layers: Sequence[int] | None = None) -> Iterator[list[RouteRecord]]:
+        """Collect the routes of `layers` (None: all) for as long as the context is open."""
+        records: list[RouteRecord] = []
+        entry = (None if layers is None else frozenset(layers), records)
+        with self._lock:
+            self._recorders.append(entry)
+        try:
+            yield records
+        finally:
+            with self._lock:
+                self._recorders.remove(entry)
+
+
+LEDGER = Ledger()
+"""The account that the ops write to."""

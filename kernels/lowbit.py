@@ -1,0 +1,156 @@
+"""Low-bit keys as group summaries (the default): every key in 1 to 8 bits, centred and rotated.
+
+A key is centred by its head's mean key (a shift that the softmax cannot see), rotated by a Hadamard matrix so
+that no channel stands out, and rounded to ``2**bits`` levels that are symmetric about zero, with one scale a
+token. A group's score is the log-sum-exp of its tokens' low-bit scores.
+"""
+
+import torch
+from torch import Tensor
+
+from hga_compile.configs.routing import Routing
+from hga_compile.kernels.rotation import rotation
+from hga_compile.kernels.summaries import Scorer, grown, register_summary
+
+__all__ = ["LowBitSummary", "decode_keys", "encode_keys"]
+
+# Share of the largest channel at which the outermost level starts out, by bits; the scale is then refitted.
+_CLIP = {1: 0.5, 2: 0.65, 4: 0.9, 8: 1.0}
+
+
+def encode_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round rotated keys to `bits` bits a channel.
+
+    Parameters
+    ----------
+    keys : Tensor
+        ``[rows, tokens, dim]``, float32, centred and rotated.
+    bits : int
+        1, 2, 4 or 8.
+
+    Returns
+    -------
+    codes : Tensor
+        ``[rows, ceil(dim * bits / 8), tokens]`` uint8. Byte ``b`` holds channels ``b * 8 / bits`` onwards,
+        lowest bits first. Tokens are innermost, so that a scan over tokens reads runs.
+    scales : Tensor
+        ``[rows, tokens]`` float16: the least-squares fit of the levels to the key,
+        ``sum(x * level) / sum(level ** 2)``. Not finite where the key is not.
+    """
+    rows, tokens, dim = keys.shape
+    levels, per_byte = 2**bits, 8 // bits
+    top = (levels - 1) / 2
+    start = keys.abs().amax(-1, keepdim=True) * (_CLIP[bits] / top)
+    start = torch.where(start > 0, start, torch.ones_like(start))
+    index = torch.floor(keys / start + levels / 2).clamp(0, levels - 1)
+    value = index - top
+    scales = (keys * value).sum(-1) / value.square().sum(-1)
+    index = torch.where(torch.isfinite(index), index, torch.zeros_like(index)).to(torch.int32)
+    if dim % per_byte:
+        index = torch.nn.functional.pad(index, (0, per_byte - dim % per_byte))
+    shifts = torch.arange(per_byte, device=keys.device, dtype=torch.int32) * bits
+    packed = (index.view(rows, tokens, -1, per_byte) << shifts).sum(-1)
+    return packed.to(torch.uint8).transpose(1, 2), scales.to(torch.float16)
+
+
+def decode_levels(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """Unpack codes to level numbers ``0 .. 2**bits - 1``: uint8 ``[rows, bytes, tokens]`` to float32
+    ``[rows, dim, tokens]``.
+    """
+    rows, _, tokens = codes.shape
+    per_byte, mask = 8 // bits, 2**bits - 1
+    planes = torch.empty(rows, codes.shape[1], per_byte, tokens, dtype=torch.float32, device=codes.device)
+    for place in range(per_byte):
+        planes[:, :, place].copy_((codes >> (place * bits)) & mask)
+    return planes.view(rows, -1, tokens)[:, :dim]
+
+
+def decode_keys(codes: Tensor, scales: Tensor, bits: int, dim: int) -> Tensor:
+    """Return the rotated keys that the codes stand for, ``[rows, tokens, dim]`` float32."""
+    top = (2**bits - 1) / 2
+    return (decode_levels(codes, bits, dim) - top).transpose(1, 2) * scales.float()[..., None]
+
+
+class LowBitSummary:
+    """Low-bit codes of all tokens of complete groups of one layer (see `summaries.Summary`).
+
+    Parameters
+    ----------
+    routing : Routing
+        `bits` and `group_size` are used.
+    centre : Tensor
+        ``[rows, dim]`` float32.
+    """
+
+    def __init__(self, routing: Routing, centre: Tensor) -> None:
+        self.bits, self.group_size = routing.bits, routing.group_size
+        self.centre = centre
+        self.groups = 0
+        rows, self.dim = centre.shape
+        packed = -(-self.dim * self.bits // 8)
+        self.codes = torch.empty(rows, packed, 0, dtype=torch.uint8, device=centre.device)
+        self.scales = torch.empty(rows, 0, dtype=torch.float16, device=centre.device)
+
+    def append(self, keys: Tensor) -> None:
+        """Encode the keys of complete groups; ``[rows, tokens, dim]``."""
+        used, new = self.groups * self.group_size, keys.shape[1]
+        rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
+        codes, scales = encode_keys(rotated, self.bits)
+        self.codes = grown(self.codes, used, used + new, 2)
+        self.scales = grown(self.scales, used, used + new, 1)
+        self.codes[:, :, used : used + new] = codes
+        self.scales[:, used : used + new] = scales
+        self.groups += new // self.group_size
+
+    def truncate(self, groups: int) -> None:
+        """Forget every group from number `groups` on."""
+        self.groups = min(self.groups, groups)
+
+    def scorer(self, groups: int) -> Scorer:
+        """Return the scoring function of the first `groups` groups."""
+        tokens = groups * self.group_size
+        levels = decode_levels(self.codes[:, :, :tokens], self.bits, self.dim)
+        scales = self.scales[:, None, :tokens].float()
+        turn, top = rotation(self.dim, levels.device), (2**self.bits - 1) / 2
+
+        def score(query: Tensor, limit: int) -> Tensor:
+            rows, heads, queries, dim = query.shape
+            flat = query.reshape(rows, heads * queries, dim) @ turn
+            end = limit * self.group_size
+            # The levels are centred through the query: one pass less over the codes.
+            token = torch.bmm(flat, levels[:, :, :end]).sub_(flat.sum(-1, keepdim=True) * top)
+            token.mul_(scales[:, :, :end])
+            return _group_log_sum_exp(token, self.group_size).view(rows, heads, queries, limit)
+
+        return score
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the rows by `rows`."""
+        rows = rows.to(self.codes.device)
+        self.codes, self.scales = self.codes[rows], self.scales[rows]
+        self.centre = self.centre[rows]
+
+    def bytes_per_token(self) -> float:
+        """Return the bytes of one token's codes and scale."""
+        return float(self.codes.shape[1] + self.scales.element_size())
+
+    def nbytes(self) -> int:
+        """Return the bytes allocated."""
+        return self.codes.nbytes + self.scales.nbytes + self.centre.nbytes
+
+
+def _group_log_sum_exp(scores: Tensor, group_size: int) -> Tensor:
+    """Log-sum-exp over runs of `group_size` scores: ``[..., tokens]`` to ``[..., groups]``."""
+    if group_size == 1:
+        return scores
+    # torch.logsumexp takes twice as long over so short a dimension.
+    grouped = scores.unflatten(-1, (-1, group_size))
+    peak = grouped.amax(-1)
+    # A group of -inf alone has no finite peak to subtract.
+    base = torch.where(torch.isinf(peak), torch.zeros_like(peak), peak)
+    return (grouped - base[..., None]).exp_().sum(-1).log_().add_(base)
+
+
+@register_summary("lowbit")
+def _make(routing: Routing, centre: Tensor) -> LowBitSummary:
+    return LowBitSummary(routing, centre)

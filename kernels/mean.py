@@ -1,0 +1,71 @@
+"""Mean keys as group summaries, the paper's setting: one key-sized vector a group."""
+
+import torch
+from torch import Tensor
+
+from hga_compile.configs.routing import Routing
+from hga_compile.kernels.summaries import Scorer, grown, register_summary
+
+__all__ = ["MeanSummary"]
+
+
+class MeanSummary:
+    """Mean of the rotated (post-RoPE) keys of each group (see `summaries.Summary`).
+
+    Parameters
+    ----------
+    group_size : int
+        Tokens that one mean stands for.
+    rows, dim : int
+        KV heads times batch, channels of a head.
+    dtype, device
+        Of the keys; the means are kept in the same precision.
+    """
+
+    def __init__(
+        self, group_size: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.group_size = group_size
+        self.groups = 0
+        self.means = torch.empty(rows, 0, dim, dtype=dtype, device=device)
+
+    def append(self, keys: Tensor) -> None:
+        """Summarise the keys of complete groups; ``[rows, tokens, dim]``."""
+        means = keys.float().unflatten(1, (-1, self.group_size)).mean(2)
+        new = means.shape[1]
+        self.means = grown(self.means, self.groups, self.groups + new, 1)
+        self.means[:, self.groups : self.groups + new] = means.to(self.means.dtype)
+        self.groups += new
+
+    def truncate(self, groups: int) -> None:
+        """Forget every group from number `groups` on."""
+        self.groups = min(self.groups, groups)
+
+    def scorer(self, groups: int) -> Scorer:
+        """Return the scoring function of the first `groups` groups."""
+        means = self.means[:, :groups].float().transpose(1, 2)
+
+        def score(query: Tensor, limit: int) -> Tensor:
+            rows, heads, queries, dim = query.shape
+            flat = torch.bmm(query.reshape(rows, -1, dim), means[:, :, :limit])
+            return flat.view(rows, heads, queries, limit)
+
+        return score
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the rows by `rows`."""
+        self.means = self.means[rows.to(self.means.device)]
+
+    def bytes_per_token(self) -> float:
+        """Return the bytes of one token's share of a mean."""
+        return self.means.shape[2] * self.means.element_size() / self.group_size
+
+    def nbytes(self) -> int:
+        """Return the bytes allocated."""
+        return self.means.nbytes
+
+
+@register_summary("mean")
+def _make(routing: Routing, centre: Tensor) -> MeanSummary:
+    rows, dim = centre.shape
+    return MeanSummary(routing.group_size, rows, dim, torch.bfloat16, centre.device)

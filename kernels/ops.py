@@ -1,0 +1,265 @@
+"""The ops that graphs hold: `hga::open`, `hga::append`, `hga::read`, and three kinds of attention.
+
+They have a schema and a fake, and are safe to trace. Their meaning is that of the plain-torch reference in
+`routed`. Running an op twice with the same arguments gives the same result: `length` says where the new rows
+belong, so rows are overwritten, never doubled.
+"""
+
+import torch
+from torch import Tensor
+
+from hga_compile.kernels.index import LayerIndex
+from hga_compile.kernels.routed import routed_attention
+from hga_compile.kernels.site import SiteConfig
+from hga_compile.kernels.states import STATES
+
+__all__ = ["append", "attention", "cached_attention", "open_state", "read_state", "window_attention"]
+
+
+@torch.library.custom_op("hga::open", mutates_args=())
+def open_state(key: Tensor, value: Tensor) -> Tensor:
+    """Open the K/V of a layer.
+
+    Parameters
+    ----------
+    key, value : Tensor
+        ``[batch, kv_heads, tokens, dim]``: rows that it starts with; `tokens` may be 0.
+
+    Returns
+    -------
+    Tensor
+        The handle, ``[1]`` int64 on the CPU.
+    """
+    handle = STATES.open()
+    if key.shape[2]:
+        STATES.get(handle).put(key, value, key.shape[2])
+    return handle
+
+
+@open_state.register_fake
+def _open_fake(key: Tensor, value: Tensor) -> Tensor:
+    return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("hga::append", mutates_args=("handle",))
+def append(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Store new rows and return all of them: what an attention that stays dense reads.
+
+    Parameters
+    ----------
+    key, value : Tensor
+        ``[batch, kv_heads, n, dim]`` and ``[..., v_dim]``.
+    handle : Tensor
+        From `open_state`.
+    length : int
+        Tokens stored once these are in.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``[batch, kv_heads, length, dim]`` and ``[..., v_dim]``, contiguous, on the device of `key`.
+    """
+    state = STATES.get(handle)
+    state.put(key, value, length)
+    return state.full()
+
+
+@append.register_fake
+def _append_fake(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    return (
+        key.new_empty((*key.shape[:2], length, key.shape[3])),
+        value.new_empty((*value.shape[:2], length, value.shape[3])),
+    )
+
+
+@torch.library.custom_op("hga::cached_attention", mutates_args=("handle",))
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    handle: Tensor,
+    length: int,
+    key_mask: Tensor | None,
+    scale: float,
+    site: str,
+) -> Tensor:
+    """Store new rows and attend from the new queries to what they are routed to.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``[batch, query_heads, n, dim]``, the last `n` positions.
+    key, value : Tensor
+        ``[batch, kv_heads, n, dim]`` and ``[..., v_dim]``, new rows.
+    handle : Tensor
+        From `open_state`.
+    length : int
+        Tokens stored once these are in.
+    key_mask : Tensor or None
+        ``[batch, >= length]``, False or 0 for padding.
+    scale : float
+        Softmax scale.
+    site : str
+        A `SiteConfig` as text.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, query_heads, n, v_dim]``, contiguous, dtype of the query.
+    """
+    config = SiteConfig.from_text(site)
+    state = STATES.get(handle)
+    return state.attend(query, key, value, length, key_mask, scale, config).contiguous()
+
+
+@cached_attention.register_fake
+def _cached_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    handle: Tensor,
+    length: int,
+    key_mask: Tensor | None,
+    scale: float,
+    site: str,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+@torch.library.custom_op("hga::window_attention", mutates_args=("handle",))
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    handle: Tensor,
+    length: int,
+    key_mask: Tensor | None,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Store new rows, attend exactly within a sliding window, and forget what no later query can see.
+
+    Parameters
+    ----------
+    query, key, value, handle, length, key_mask, scale
+        As for `cached_attention`.
+    window : int
+        A query sees itself and ``window - 1`` tokens before it.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, query_heads, n, v_dim]``, contiguous, dtype of the query.
+    """
+    state = STATES.get(handle)
+    return state.attend_window(query, key, value, length, key_mask, scale, window).contiguous()
+
+
+@window_attention.register_fake
+def _window_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    handle: Tensor,
+    length: int,
+    key_mask: Tensor | None,
+    scale: float,
+    window: int,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+@torch.library.custom_op("hga::read", mutates_args=("handle",))
+def read_state(
+    handle: Tensor, key_shape: list[int], value_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return all stored K and V, for code that reads a cache layer's tensors itself.
+
+    Parameters
+    ----------
+    handle : Tensor
+        From `open_state`.
+    key_shape : list of int
+        ``[batch, kv_heads, length, dim]``, as the cache layer knows them.
+    value_dim : int
+        Channels of a value.
+    dtype, device
+        Of the K/V.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``[batch, kv_heads, length, dim]`` and ``[..., value_dim]``, contiguous.
+    """
+    key, value = STATES.get(handle).full()
+    if list(key.shape) != list(key_shape):
+        raise RuntimeError(f"stored keys must be {list(key_shape)} as the cache counts, got {list(key.shape)}")
+    return key, value
+
+
+@read_state.register_fake
+def _read_fake(
+    handle: Tensor, key_shape: list[int], value_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(key_shape, dtype=dtype, device=device),
+        torch.empty((*key_shape[:3], value_dim), dtype=dtype, device=device),
+    )
+
+
+@torch.library.custom_op("hga::attention", mutates_args=())
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float, site: str
+) -> Tensor:
+    """Routed causal attention without a cache.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``[batch, query_heads, queries, dim]``, the last positions.
+    key, value : Tensor
+        ``[batch, kv_heads, tokens, dim]`` and ``[..., v_dim]``, ``tokens >= queries``.
+    key_mask : Tensor or None
+        ``[batch, >= tokens]``, False or 0 for padding.
+    scale : float
+        Softmax scale.
+    site : str
+        A `SiteConfig` as text.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, query_heads, queries, v_dim]``, contiguous, dtype of the query.
+    """
+    config = SiteConfig.from_text(site)
+    out = routed_attention(
+        query, _Whole(key, value), LayerIndex(config.routing), key.shape[2], key_mask, scale, config.routing,
+        config.layer,
+    )  # fmt: skip
+    return out.contiguous()
+
+
+@attention.register_fake
+def _attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float, site: str
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+class _Whole:
+    """K/V that lie in two tensors, as `routed.KeyValues`."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
+        self.rows = self.key.shape[0]
+
+    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        return self.key[:, begin:end], self.value[:, begin:end]
+
+    def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        token = (groups[..., None] * group_size + torch.arange(group_size, device=groups.device)).flatten(1)
+        token = token.clamp(max=self.key.shape[1] - 1)[..., None]
+        return (
+            self.key.gather(1, token.expand(-1, -1, self.key.shape[2])),
+            self.value.gather(1, token.expand(-1, -1, self.value.shape[2])),
+        )

@@ -1,0 +1,113 @@
+"""How many tokens each query may attend to, and where its sinks and its window lie."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hga_compile.configs.budget import Budget, Window
+from hga_compile.configs.routing import Routing
+
+__all__ = ["QueryPlan", "plan_queries", "tokens_for"]
+
+# The same guard against rounding up 0.07 * 100 as configs.budget has.
+_ROUNDING = 1.0 - 1e-12
+
+
+@dataclass(frozen=True)
+class QueryPlan:
+    """Budgets and fixed parts of the routed set for a run of queries.
+
+    Every field is an int64 or bool tensor ``[batch or 1, queries]`` but `first`. Groups are counted from
+    token 0 of the sequence; the chosen groups lie in ``sink_end <= group < window``.
+    """
+
+    first: int
+    """Position of the first query."""
+    visible: Tensor
+    """Tokens that the query sees causally, padding left out."""
+    dense: Tensor
+    """Whether the query attends to all of them."""
+    sink_start: Tensor
+    """First group with sink tokens."""
+    sink_end: Tensor
+    """First group past the sinks."""
+    window: Tensor
+    """First group of the window."""
+    chosen: Tensor
+    """Groups to choose, at most."""
+    chunks: Tensor
+    """Chunks to keep at level 1, at most."""
+    most_chosen: int
+    """Bound on `chosen`, known without reading a tensor."""
+    most_chunks: int
+    """Bound on `chunks`, likewise."""
+
+
+def tokens_for(share: Budget | Window, whole: Tensor) -> Tensor:
+    """Return `share.tokens_for` of every entry of the int64 tensor `whole`."""
+    least = torch.full_like(whole, share.tokens or 0)
+    if share.fraction is None:
+        return least
+    part = torch.ceil(whole.double() * (share.fraction * _ROUNDING)).long()
+    return torch.maximum(part, least)
+
+
+def plan_queries(routing: Routing, first: int, queries: int, key_mask: Tensor | None) -> QueryPlan:
+    """Plan `queries` queries at positions ``first, first + 1, ...``.
+
+    Parameters
+    ----------
+    routing : Routing
+        Budgets, sinks, window, `dense_below`.
+    first, queries : int
+        Position of the first query and their number.
+    key_mask : Tensor or None
+        ``[batch, first + queries]`` bool on the CPU, True for real tokens; None: all are real.
+
+    Returns
+    -------
+    QueryPlan
+        On the CPU. Shared between callers: not to be written to.
+    """
+    if key_mask is None:
+        return _plan_unmasked(routing, first, queries)
+    visible = key_mask.cumsum(1)[:, first:]
+    return _plan(routing, first, queries, visible, key_mask.to(torch.int8).argmax(1, keepdim=True))
+
+
+# All layers of a model plan the same queries: one tile or step is worked out once.
+@lru_cache(maxsize=512)
+def _plan_unmasked(routing: Routing, first: int, queries: int) -> QueryPlan:
+    visible = torch.arange(first + 1, first + queries + 1)[None]
+    return _plan(routing, first, queries, visible, torch.zeros(1, 1, dtype=torch.int64))
+
+
+def _plan(routing: Routing, first: int, queries: int, visible: Tensor, start: Tensor) -> QueryPlan:
+    """Build the plan from the visible tokens and the first real token (``[batch or 1, 1]``) of each row."""
+    group = routing.group_size
+    end = torch.arange(first + 1, first + queries + 1)[None]
+    budget = torch.minimum(tokens_for(routing.budget, visible), visible)
+    window = (end - tokens_for(routing.window, budget)).clamp(min=0) // group
+    # Past the first sink the window may already begin: nothing is counted twice.
+    sink_start = torch.minimum(start // group, window)
+    sink_end = torch.minimum((start + routing.sinks + group - 1) // group, window)
+    sink_end = torch.maximum(sink_end, sink_start) if routing.sinks else sink_start
+    taken = end - window * group + (sink_end - sink_start) * group
+    early = visible <= routing.centre_tokens  # the codes' centre is made of these keys
+    dense = early | (budget >= visible) | (visible <= routing.dense_below)
+    kept = torch.maximum(tokens_for(routing.chunk_budget, visible), budget)
+    last = first + queries
+    return QueryPlan(
+        first=first,
+        visible=visible,
+        dense=dense,
+        sink_start=sink_start,
+        sink_end=sink_end,
+        window=window,
+        chosen=((budget - taken) // group).clamp(min=0),
+        chunks=-(-kept // routing.chunk_size),
+        most_chosen=min(routing.budget.tokens_for(last), last) // group,
+        most_chunks=-(-routing.chunk_tokens_for(last) // routing.chunk_size),
+    )

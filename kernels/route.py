@@ -1,0 +1,154 @@
+"""Two-level routing in plain torch: which groups each query attends to, beside its sinks and its window."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hga_compile.configs.routing import Routing
+from hga_compile.kernels.chunks import ChunkSummary
+from hga_compile.kernels.plan import QueryPlan
+from hga_compile.kernels.summaries import Scorer
+
+__all__ = ["Chosen", "choose_groups", "merge_votes", "per_row"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Chosen groups of a run of queries.
+
+    `groups` is ``[rows, queries, most]`` int64; entries where `kept` (bool, same shape) is False count for
+    nothing. A row is one KV head of one sequence.
+    """
+
+    groups: Tensor
+    kept: Tensor
+
+
+def merge_votes(scores: Tensor, seen: Tensor, vote: str) -> Tensor:
+    """Merge the query heads' scores of a KV head into one vote per group.
+
+    Every head votes with its softmax mass over the groups it sees, so that a head that attends elsewhere has
+    little to say.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[rows, heads, queries, groups]`` float32. Overwritten.
+    seen : Tensor
+        bool, broadcastable to ``[rows, 1, queries, groups]``: groups that take part.
+    vote : str
+        `mass_sum` or `mass_max` (`routing.vote`).
+
+    Returns
+    -------
+    Tensor
+        ``[rows, queries, groups]``; 0 where not seen, infinite for a group whose score is not a number, so
+        that broken keys are attended to, never lost.
+    """
+    broken = torch.isnan(scores).any(1)
+    scores = scores.masked_fill_(~seen | torch.isnan(scores), -torch.inf)
+    # A query that sees no group gets a row of NaN from the softmax.
+    mass = torch.softmax(scores, -1).nan_to_num_(0.0)
+    votes = mass.amax(1) if vote == "mass_max" else mass.sum(1)
+    return votes.masked_fill_(broken, torch.inf)
+
+
+def choose_groups(
+    routing: Routing,
+    plan: QueryPlan,
+    query: Tensor,
+    score: Scorer,
+    groups: int,
+    chunks: ChunkSummary | None,
+    real: Tensor | None = None,
+) -> Chosen:
+    """Choose the groups of every query of a run, causally.
+
+    Parameters
+    ----------
+    routing : Routing
+        Settings of the layer.
+    plan : QueryPlan
+        Budgets of these queries.
+    query : Tensor
+        ``[rows, heads, queries, dim]`` float32 with the softmax scale applied; `heads` are the query heads of
+        one KV head.
+    score : Scorer
+        Scores the first `groups` groups.
+    groups : int
+        Groups to look at: summarised, and all up to the last window of the run.
+    chunks : ChunkSummary or None
+        Summaries of level 1; None leaves it out.
+    real : Tensor or None
+        ``[rows, groups]`` bool: groups with at least one token that is not padding; None: all.
+
+    Returns
+    -------
+    Chosen
+        Groups between sinks and window, best first, no more than the plan allows.
+    """
+    rows = query.shape[0]
+    number = torch.arange(groups, device=query.device)
+    window, sink_end, sink_start, most = (
+        per_row(part, rows, query.device)
+        for part in (plan.window, plan.sink_end, plan.sink_start, plan.chosen)
+    )
+    if chunks is not None and min(chunks.chunks, groups * routing.group_size // routing.chunk_size):
+        seen = _keep_chunks(routing, plan, query, chunks, groups, real)
+    else:
+        seen = torch.ones(1, 1, groups, dtype=torch.bool, device=query.device)
+    if real is not None:
+        seen = seen & real[:, None]
+    seen = seen & (number < window) & (number >= sink_start)
+    votes = merge_votes(score(query, groups), seen[:, None], routing.vote)
+    votes = votes.masked_fill_(~(seen & (number >= sink_end)), -1.0)
+    width = min(plan.most_chosen, groups)
+    best = votes.topk(width, -1)
+    rank = torch.arange(width, device=query.device)
+    return Chosen(best.indices, (best.values >= 0) & (rank < most))
+
+
+def _keep_chunks(
+    routing: Routing,
+    plan: QueryPlan,
+    query: Tensor,
+    chunks: ChunkSummary,
+    groups: int,
+    real: Tensor | None,
+) -> Tensor:
+    """Level 1: mark the groups whose chunk is kept, ``[rows, queries, groups]`` bool."""
+    rows = query.shape[0]
+    per_chunk = routing.chunk_size // routing.group_size
+    window = per_row(plan.window, rows, query.device)
+    most = per_row(plan.chunks, rows, query.device)
+    count = min(chunks.chunks, groups // per_chunk)
+    scores = chunks.scores(query, count)
+    number = torch.arange(count, device=query.device)
+    # A chunk counts for a query once it ends before the window: before that its summary may hold later tokens.
+    complete = (number + 1) * per_chunk <= window
+    seen = complete
+    if real is not None:
+        seen = complete & real[:, None, : count * per_chunk].unflatten(-1, (count, per_chunk)).any(-1)
+    votes = merge_votes(scores, seen[:, None], routing.vote)
+    votes = votes.masked_fill_(~seen, -1.0)
+    width = min(plan.most_chunks, count)
+    best = votes.topk(width, -1)
+    rank = torch.arange(width, device=query.device)
+    keep = torch.zeros_like(votes, dtype=torch.bool)
+    keep.scatter_(-1, best.indices, (best.values >= 0) & (rank < most))
+    # Groups of chunks without a usable summary go on to level 2, and so do those of queries below the threshold.
+    short = per_row(plan.visible, rows, query.device) <= routing.auto_chunk_tokens
+    if routing.chunk_stage == "on":
+        short = torch.zeros_like(short)
+    keep = (keep | ~complete | short).repeat_interleave(per_chunk, -1)[..., :groups]
+    tail = torch.ones(*keep.shape[:-1], groups - keep.shape[-1], dtype=torch.bool, device=keep.device)
+    return torch.cat([keep, tail], -1)
+
+
+def per_row(part: Tensor, rows: int, device: torch.device) -> Tensor:
+    """Spread a field of a plan over rows: ``[batch or 1, queries]`` to ``[rows or 1, queries, 1]``."""
+    part = part.to(device)
+    if len(part) > 1:
+        part = part.repeat_interleave(rows // len(part), 0)
+    return part[..., None]

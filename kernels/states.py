@@ -1,0 +1,118 @@
+"""Handles: how a compiled graph names the K/V of a layer.
+
+A handle is a one-element int64 CPU tensor made by `hga::open`. It is an operand of every op that touches the
+layer's K/V, and listed as mutated, so that the compiler keeps those ops and their order. The number in it leads
+to the layer's state here.
+"""
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hga_compile.kernels.site import SiteConfig
+
+__all__ = ["STATES", "LayerState", "States"]
+
+
+class LayerState(Protocol):
+    """K/V and index of one layer of one cache; `hga_compile.store` implements it."""
+
+    length: int
+    """Tokens stored."""
+
+    def put(self, key: Tensor, value: Tensor, length: int) -> None:
+        """Store ``[batch, kv_heads, n, dim]`` rows as the last `n` of `length` tokens."""
+
+    def full(self) -> tuple[Tensor, Tensor]:
+        """Return all K and V, ``[batch, kv_heads, length, dim]``, on the compute device."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        length: int,
+        key_mask: Tensor | None,
+        scale: float,
+        site: SiteConfig,
+    ) -> Tensor:
+        """Store the new rows, then routed attention of the last queries."""
+
+    def attend_window(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        length: int,
+        key_mask: Tensor | None,
+        scale: float,
+        window: int,
+    ) -> Tensor:
+        """Store the new rows, attend to the last `window` tokens, and forget older ones."""
+
+
+class States:
+    """All open states of the process, by number."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._states: dict[int, LayerState] = {}
+        self._closed: deque[Tensor] = deque()
+        self.make: Callable[[], LayerState] | None = None
+        """Makes an empty state; set by `hga_compile.store` when it is imported."""
+
+    def open(self) -> Tensor:
+        """Make an empty state and return its handle."""
+        if self.make is None:
+            raise RuntimeError("no K/V store is loaded: import hga_compile before running a graph of its")
+        self._collect()
+        return self.adopt(self.make())
+
+    def adopt(self, state: LayerState) -> Tensor:
+        """Register an existing state and return its handle."""
+        with self._lock:
+            number = next(self._numbers)
+            self._states[number] = state
+        return torch.tensor([number], dtype=torch.int64)
+
+    def get(self, handle: Tensor) -> LayerState:
+        """Return the state that a handle names.
+
+        Raises
+        ------
+        RuntimeError
+            The handle's cache is gone.
+        """
+        number = int(handle)
+        try:
+            return self._states[number]
+        except KeyError:
+            raise RuntimeError(
+                f"the K/V of handle {number} is gone: its cache was freed or belongs to another process; "
+                "start with a new cache"
+            ) from None
+
+    def close(self, handle: Tensor) -> None:
+        """Give a handle up; safe inside a finaliser, since the state is dropped at the next `open`."""
+        self._closed.append(handle)
+
+    def count(self) -> int:
+        """Return the number of open states, given-up ones not counted."""
+        self._collect()
+        return len(self._states)
+
+    def _collect(self) -> None:
+        while self._closed:
+            handle = self._closed.popleft()
+            with self._lock:
+                self._states.pop(int(handle), None)
+
+
+STATES = States()
+"""The process's states, named by handles inside graphs."""

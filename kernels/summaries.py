@@ -1,0 +1,88 @@
+"""The interface of group summaries: what a query is scored against instead of the keys themselves."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hga_compile.configs.routing import Routing
+
+__all__ = ["Scorer", "Summary", "make_summary", "register_summary"]
+
+Scorer = Callable[[Tensor, int], Tensor]
+"""Maps queries ``[rows, heads, queries, dim]`` (float32, softmax scale applied) and a number of groups to scores
+``[rows, heads, queries, groups]`` of the first groups: estimates of the log-sum-exp of the scores of each
+group's keys, up to a constant per query."""
+
+
+class Summary(Protocol):
+    """Summaries of all complete groups of one layer; a row is one KV head of one sequence of the batch."""
+
+    groups: int
+    """Complete groups summarised so far."""
+
+    def append(self, keys: Tensor) -> None:
+        """Summarise ``[rows, tokens, dim]`` keys that follow on; `tokens` is a multiple of the group size."""
+
+    def truncate(self, groups: int) -> None:
+        """Forget every group from number `groups` on."""
+
+    def scorer(self, groups: int) -> Scorer:
+        """Return the scoring function of the first `groups` groups, unpacked once for many queries."""
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the rows by ``rows`` (int64 indices): beam search, batch repeat."""
+
+    def bytes_per_token(self) -> float:
+        """Return the bytes that one token's share of the summaries takes in one row."""
+
+    def nbytes(self) -> int:
+        """Return the bytes allocated."""
+
+
+Factory = Callable[[Routing, Tensor], Summary]
+_KINDS: dict[str, Factory] = {}
+
+
+def register_summary(kind: str) -> Callable[[Factory], Factory]:
+    """Register the factory of a summary kind under the name that `routing.summary` uses."""
+
+    def add(factory: Factory) -> Factory:
+        _KINDS[kind] = factory
+        return factory
+
+    return add
+
+
+def make_summary(routing: Routing, centre: Tensor) -> Summary:
+    """Build the empty summaries of one layer.
+
+    Parameters
+    ----------
+    routing : Routing
+        Names the kind and its settings.
+    centre : Tensor
+        ``[rows, dim]`` float32, the mean key of each row, fixed for the life of the layer.
+
+    Raises
+    ------
+    ValueError
+        A kind that no module registered.
+    """
+    if routing.summary not in _KINDS:
+        raise ValueError(
+            f"unknown summary kind, got {routing.summary!r}, expected one of {sorted(_KINDS)} (routing.summary)"
+        )
+    return _KINDS[routing.summary](routing, centre)
+
+
+def grown(buffer: Tensor, used: int, needed: int, dim: int) -> Tensor:
+    """Return `buffer` with room for `needed` entries along `dim`, its first `used` ones kept."""
+    if needed <= buffer.shape[dim]:
+        return buffer
+    shape = list(buffer.shape)
+    shape[dim] = max(needed, shape[dim] + shape[dim] // 4 + 64)
+    larger = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
+    larger.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
+    return larger

@@ -1,0 +1,47 @@
+"""Normalise: bring a Dynamo graph to ATen ops before any of them is decomposed."""
+
+from typing import Any
+
+import torch
+from torch._guards import TracingContext
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+__all__ = ["retrace"]
+
+
+def retrace(graph: GraphModule) -> GraphModule:
+    """Trace a Dynamo graph again, to pre-dispatch ATen.
+
+    There `scaled_dot_product_attention` is one node whatever it will decompose to, and the ops that build
+    masks and repeat KV heads have few forms.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        As Dynamo hands it to a backend; not changed.
+
+    Returns
+    -------
+    GraphModule
+        With the same inputs and outputs.
+    """
+    context = TracingContext.try_get()
+    inputs: list[Any] = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+    examples = (node.meta.get("example_value") for node in graph.graph.nodes)
+    fake = next((value.fake_mode for value in examples if isinstance(value, torch._subclasses.FakeTensor)), None)
+    if fake is None or context is None:
+        return make_fx(torch.fx.Interpreter(graph).run, pre_dispatch=True)(*inputs)
+    # Two fake modes in one trace are refused; Dynamo's own is the one that its values carry.
+    previous, context.fake_mode = context.fake_mode, fake
+    try:
+        with fake, torch.fx.traceback.preserve_node_meta():
+            tracer = make_fx(
+                torch.fx.Interpreter(graph).run,
+                tracing_mode="real",
+                pre_dispatch=True,
+                _allow_non_fake_inputs=True,
+            )
+            return tracer(*inputs)
+    finally:
+        context.fake_mode = previous
