@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--random", choices=sorted(SHAPES), help="random weights of this shape instead of a checkpoint")
     add("--contexts", default="4096,8192,16384,32768,65536")
     add("--profile", default="default")
-    add("--tier", default="host", choices=("host", "gpu", "nvme"))
+    add("--tier", default="host", choices=("host", "gpu"))
     add("--inner", default="eager", choices=("inductor", "aot_eager", "eager"))
     add("--piece", type=int, default=2048, help="tokens of one prefill call")
     add("--steps", type=int, default=8, help="decode steps after the prefill")

@@ -71,8 +71,8 @@ def show(summary: list[dict[str, Any]], runs: list[dict[str, Any]], console: Con
 
 def _spread(value: dict[str, float | None]) -> str:
     if value["error"] is None:
-        return f"{value['mean']:+.4f}"
-    return f"{value['mean']:+.4f} ± {value['error']:.4f} [{value['low']:+.4f}, {value['high']:+.4f}]"
+        return f"{value['mean']:.4f}"
+    return f"{value['mean']:.4f} ± {value['error']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

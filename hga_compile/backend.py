@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.hooks import install_hooks
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
 from hga_compile.reporting import note_graph
+from hga_compile.tracing import model_layers
 
 __all__ = ["hga"]
 
@@ -64,8 +66,8 @@ def hga(
         _finish(decisions, profile)
         return _inner(graph, example_inputs, profile, mode)
     try:
-        rewritten = rewrite_graph(graph, profile)
-    except StrictError:
+        rewritten = rewrite_graph(graph, profile, model_layers())
+    except (ProfileError, StrictError):
         raise
     except Exception as error:
         # Whatever cannot be traced again runs as Dynamo made it, with every site dense.
@@ -109,10 +111,14 @@ def _check_offload(profile: Profile) -> None:
     """Refuse settings that nothing serves, rather than ignore them."""
     offload = profile.offload
     if offload.tier == "nvme":
-        raise ValueError("tier nvme is not available in this version, expected gpu, host or auto (offload.tier)")
+        raise ProfileError(
+            "tier nvme is not available in this version, expected gpu, host or auto (offload.tier)"
+        )
     for name in ("hot_cache", "host_budget", "nvme_folder"):
         if getattr(offload, name) is not None:
-            raise ValueError(f"offload.{name} is not available in this version, expected null (offload.{name})")
+            raise ProfileError(
+                f"offload.{name} is not available in this version, expected null (offload.{name})"
+            )
 
 
 def _needs_grad(graph: GraphModule) -> bool:
@@ -123,13 +129,12 @@ def _needs_grad(graph: GraphModule) -> bool:
 
 
 def _dense_sites(graph: GraphModule, reason: Reason, detail: str) -> list[Decision]:
-    """Name the attention sites of a graph that was not retraced."""
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return [
-        Decision(node.name, None, "any", reason, detail)
-        for node in graph.graph.nodes
-        if node.op == "call_function" and node.target is attention
-    ]
+    """Name the attention sites of a graph that was not retraced; the graph itself where none is recognised."""
+    attention = (torch.nn.functional.scaled_dot_product_attention, torch.ops.higher_order.flex_attention)
+    names = [node.name for node in graph.graph.nodes if node.op == "call_function" and node.target in attention]
+    if reason is Reason.RETRACE_FAILED and not names:
+        names = ["graph"]
+    return [Decision(name, None, "any", reason, detail) for name in names]
 
 
 def _warn_static(decisions: Sequence[Decision]) -> None:

@@ -29,6 +29,8 @@ class _Stored:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.handle: Tensor | None = None
+        self._spent: Tensor | None = None
+        """Handle of a store that was left while tracing; its store goes with the layer."""
         self.seen = 0
         self._plain_keys: Tensor | None = None
         self._plain_values: Tensor | None = None
@@ -38,8 +40,8 @@ class _Stored:
 
     @property
     def is_compileable(self) -> bool:
-        """True while tracing: transformers then builds the same mask ops at every length."""
-        return torch.compiler.is_compiling()
+        """True while hga is tracing: transformers then builds the same mask ops at every length."""
+        return torch.compiler.is_compiling() and traced_for_hga()
 
     @property
     def keys(self) -> Tensor | None:
@@ -79,15 +81,17 @@ class _Stored:
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset of the keys that a mask must cover."""
-        if self.handle is None and not (
-            self.stored or (torch.compiler.is_compiling() and traced_for_hga())
-        ):
+        if self.handle is None and not (self.stored or (torch.compiler.is_compiling() and traced_for_hga())):
             return super().get_mask_sizes(query_length)  # type: ignore[misc]
         return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
         """Forget everything."""
-        self._close()
+        if self.handle is not None:
+            self._close()
+            # What the stock layer would overwrite with zeros is in the store, which is gone.
+            self._plain_keys = self._plain_values = None
+            self.is_initialized = False
         super().reset()  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -147,7 +151,8 @@ class _Stored:
         memo[id(self)] = other
         for name, value in self.__dict__.items():
             # Two layers must never write to one store.
-            other.__dict__[name] = None if name == "handle" else copy.deepcopy(value, memo)
+            own = name in ("handle", "_spent")
+            other.__dict__[name] = None if own else copy.deepcopy(value, memo)
         if self.handle is not None:
             other.handle = STATES.adopt(self._state().clone())
         return other
@@ -158,12 +163,13 @@ class _Stored:
             # A handle means nothing elsewhere: the rows travel instead.
             state["_plain_keys"], state["_plain_values"] = self._read()
             state["handle"], state["seen"] = None, 0
-        return state
+        return state | {"_spent": None}
 
     def __del__(self) -> None:
-        handle = self.__dict__.get("handle")
-        if handle is not None:
-            STATES.close(handle)
+        for name in ("handle", "_spent"):
+            handle = self.__dict__.get(name)
+            if handle is not None:
+                STATES.close(handle)
 
     def _open(self, key_states: Tensor, value_states: Tensor) -> None:
         if not self.is_initialized:
@@ -185,13 +191,18 @@ class _Stored:
         return key, value
 
     def _to_plain(self) -> None:
+        """Leave the store: from here on this is the stock layer."""
         self._plain_keys, self._plain_values = self._read()
-        self.handle = None
+        if torch.compiler.is_compiling():
+            self._spent, self.handle, self.seen = self.handle, None, 0
+        else:
+            self._close()
 
     def _close(self) -> None:
-        if self.handle is not None:
-            STATES.close(self.handle)
-        self.handle, self.seen = None, 0
+        for handle in (self.handle, self._spent):
+            if handle is not None:
+                STATES.close(handle)
+        self.handle, self._spent, self.seen = None, None, 0
 
     def _state(self) -> LayerStore:
         assert self.handle is not None  # callers have checked
@@ -215,15 +226,54 @@ class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
     the window fills up; the rewritten attention keeps and reads the window only.
     """
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Add rows and return what attention reads: all K and V, or as the stock layer."""
+        self._leave_window()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the keys that a mask must cover."""
+        self._leave_window()
+        return super().get_mask_sizes(query_length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return state if self.handle is None else state | {"cumulative_length": self.seen}
+
+    def _leave_window(self) -> None:
+        """Go on as the stock layer where nothing is compiled: a store of the window cannot return all K and V."""
+        if self.handle is not None and not torch.compiler.is_compiling() and self._state().recent is not None:
+            self._to_plain()
+
     def _open(self, key_states: Tensor, value_states: Tensor) -> None:
         seen = self.cumulative_length
-        if self._plain_keys is not None and 0 < self._plain_keys.numel() and self._plain_keys.shape[-2] < seen:
-            raise RuntimeError(
-                f"a sliding layer that ran {seen} tokens as the stock layer has forgotten the first ones and "
-                "cannot go on under hga; start with a new cache or with HGACache"
-            )
+        if self._plain_keys is not None and self._plain_values is not None and self._plain_keys.numel() > 0:
+            # What the stock layer forgot lies outside every later query's window: any rows do in its place.
+            forgotten = seen - self._plain_keys.shape[-2]
+            self._plain_keys = torch.nn.functional.pad(self._plain_keys, (0, 0, forgotten, 0))
+            self._plain_values = torch.nn.functional.pad(self._plain_values, (0, 0, forgotten, 0))
         super()._open(key_states, value_states)
         self.seen = seen
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """Return as many of the last rows as the stock layer keeps."""
+        recent = None if torch.compiler.is_compiling() else self._state().recent
+        if recent is None:
+            parts = super()._read()
+        elif recent.key is None or recent.value is None:
+            batch, heads, dim, value_dim = self.sizes
+            parts = tuple(
+                torch.empty(batch, heads, 0, channels, dtype=self.dtype, device=self.device)
+                for channels in (dim, value_dim)
+            )
+        else:
+            parts = recent.key, recent.value
+        first = max(0, parts[0].shape[-2] - self.sliding_window + 1)
+        return parts[0][..., first:, :], parts[1][..., first:, :]
+
+    def _to_plain(self) -> None:
+        self.cumulative_length = self.seen
+        super()._to_plain()
 
 
 class HGACache(DynamicCache):

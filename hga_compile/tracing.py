@@ -1,22 +1,26 @@
-"""Which backend Dynamo is tracing for: lets cache layers stay stock for every other one."""
+"""What Dynamo is tracing, and for which backend: lets cache layers stay stock for every other one."""
+
+from typing import Any
 
 import torch
 
-__all__ = ["traced_for_hga"]
+__all__ = ["model_layers", "traced_for_hga"]
 
 
 @torch.compiler.assume_constant_result
 def traced_for_hga() -> bool:
     """Say whether the graph being traced goes to backend "hga".
 
-    Dynamo runs this at trace time and takes the answer as a constant. Where a torch version hides the
-    backend's name the answer is True: the layer's ops then give any backend correct, dense results.
+    Dynamo runs this at trace time and takes the answer as a constant. Where something else traces, such as
+    `torch.export`, the answer is False. Where a torch version hides the backend's name it is True: the layer's
+    ops then give any backend correct, dense results.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
+    tx = _tracer()
+    if tx is None:
+        return False
     try:
-        compiler = InstructionTranslator.current_tx().output.compiler_fn
-    except (AttributeError, RuntimeError):
+        compiler = tx.output.compiler_fn
+    except AttributeError:
         return True
     seen = set()
     while compiler is not None and id(compiler) not in seen:
@@ -30,3 +34,31 @@ def traced_for_hga() -> bool:
             or getattr(compiler, "compiler_fn", None)
         )
     return False
+
+
+def model_layers() -> int | None:
+    """Return the number of layers of the model whose code is traced, as its configuration says.
+
+    Returns
+    -------
+    int or None
+        None where the traced function holds no model with a configuration.
+    """
+    tx = _tracer()
+    found = []
+    for value in getattr(getattr(tx, "output", None), "local_scope", {}).values():
+        config = getattr(value, "config", None) if isinstance(value, torch.nn.Module) else None
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        layers = getattr(text, "num_hidden_layers", None)
+        found += [layers] if isinstance(layers, int) else []
+    return max(found, default=None)
+
+
+def _tracer() -> Any:
+    """Return Dynamo's translator of the code being traced; None where Dynamo traces nothing."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx()
+    except (AttributeError, RuntimeError):
+        return None

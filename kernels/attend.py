@@ -70,7 +70,7 @@ def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale
     return out.masked_fill_(~mask.any(-1)[:, :, None, :, None], 0.0)
 
 
-def attend_gathered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attend_gathered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention of one query a row over gathered tokens.
 
     Parameters
@@ -79,8 +79,8 @@ def attend_gathered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
         ``[rows, heads, dim]``.
     key, value : Tensor
         ``[rows, gathered, dim]`` and ``[rows, gathered, v_dim]``.
-    mask : Tensor
-        ``[rows, gathered]`` bool.
+    mask : Tensor or None
+        ``[rows, gathered]`` bool; None: all are meant.
     scale : float
         Softmax scale.
 
@@ -89,11 +89,14 @@ def attend_gathered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
     Tensor
         ``[rows, heads, v_dim]``; 0 for a row without a token.
     """
-    bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        bias = bias[:, None, None]
     out = scaled_dot_product_attention(
-        query[:, None], key[:, None], value[:, None], attn_mask=bias[:, None, None], scale=scale
+        query[:, None], key[:, None], value[:, None], attn_mask=bias, scale=scale
     )[:, 0]
-    return out.masked_fill_(~mask.any(-1)[:, None, None], 0.0)
+    return out if mask is None else out.masked_fill_(~mask.any(-1)[:, None, None], 0.0)
 
 
 def attend_full(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
@@ -169,6 +172,8 @@ def attend_window(
         if key_mask is not None:
             mask = mask & key_mask[:, None, None, low:stop]
         mask = mask.expand(batch, kv_heads, end - begin, stop - low)
-        part = attend_masked(query[:, :, :, begin:end], key[:, :, low:stop], value[:, :, low:stop], mask, scale)
+        part = attend_masked(
+            query[:, :, :, begin:end], key[:, :, low:stop], value[:, :, low:stop], mask, scale
+        )
         parts.append(part)
     return torch.cat(parts, 3)

@@ -45,10 +45,10 @@ class ChunkSummary:
         self.part_means.select_rows(rows)
 
     def scores(self, query: Tensor, limit: int) -> Tensor:
-        """Score the first `limit` chunks: ``[rows, heads, queries, dim]`` to ``[..., queries, limit]``."""
+        """Score the first `limit` chunks: ``[rows, heads, queries, dim]`` to ``[..., limit, 1]``."""
         parts = limit * self.parts
         part = self.part_means.scorer(parts)(query, parts)
-        return part.unflatten(-1, (-1, self.parts)).amax(-1)
+        return part.view(*part.shape[:3], limit, self.parts).amax(-1, keepdim=True)
 
     def nbytes(self) -> int:
         """Return the bytes allocated."""

@@ -1,7 +1,9 @@
 """The index of one layer: every summary that its routing needs, kept up to date as tokens arrive."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 # Importing a kind's module registers it.
@@ -37,10 +39,14 @@ class LayerIndex:
         self.groups: Summary | None = None
         self.chunks: ChunkSummary | None = None
         self.tail: TailSummary | None = None
-        self._mean_query: Tensor | None = None
+        self._queries: _MeanQuery | None = None
+        self._centre_end = 0
+        """Position past the last key that the centre is made of."""
+        self._centred: Tensor | None = None
+        """``[rows]`` bool: rows that had all keys of their centre; None: all of them."""
 
-    def note_queries(self, query: Tensor, first: int) -> None:
-        """Fix the mean query that the tail is expanded about, from the first queries ever seen.
+    def note_queries(self, query: Tensor, first: int, key_mask: Tensor | None) -> None:
+        """Add to the mean query that the tail is expanded about: that of the first `centre_tokens` queries seen.
 
         Parameters
         ----------
@@ -48,12 +54,17 @@ class LayerIndex:
             ``[rows, heads, queries, dim]`` float32, softmax scale applied.
         first : int
             Position of the first of them.
+        key_mask : Tensor or None
+            ``[rows, tokens]`` bool; padding does not count.
         """
-        if self.routing.tail == "drop" or self._mean_query is not None:
+        # Once the tail is made its mean query is fixed.
+        if self.tail is not None and self._centred is None:
             return
-        # Queries before `centre_tokens` are dense, so their mean tells no routed query about a later one.
-        early = query[:, :, : self.routing.centre_tokens] if first == 0 else query[:, :, :1]
-        self._mean_query = early.mean(2)
+        if self._queries is None:
+            rows, heads, _, dim = query.shape
+            zeros = query.new_zeros
+            self._queries = _MeanQuery(zeros(rows, heads, dim), zeros(rows, dtype=torch.int64))
+        self._queries.add(query, first, key_mask, self.routing.centre_tokens)
 
     def extend(self, length: int, read: KeyValueReader, key_mask: Tensor | None) -> None:
         """Summarise every complete group and chunk of the first `length` tokens.
@@ -68,6 +79,9 @@ class LayerIndex:
             ``[rows, tokens]`` bool; padding does not count for the centre.
         """
         routing = self.routing
+        if self._centred is not None and self._more_centred(length, key_mask):
+            # Queries of rows that were short of keys have been dense: nothing depends on their codes yet.
+            self.groups = self.tail = None
         if self.groups is None:
             if length < routing.centre_tokens:
                 return
@@ -86,8 +100,12 @@ class LayerIndex:
         """Forget what was made of tokens from number `length` on."""
         if self.groups is not None:
             self.groups.truncate(length // self.routing.group_size)
-            if length < self.routing.centre_tokens:
-                self.groups = self.chunks = self.tail = self._mean_query = None
+            if length < self._centre_end:
+                self.groups = self.tail = self._centred = None
+        if length == 0:
+            self._queries = None
+        if length < self.routing.chunk_size:
+            self.chunks = self.tail = None
         for part in (self.chunks, self.tail):
             if part is not None:
                 part.truncate(length // self.routing.chunk_size)
@@ -97,8 +115,17 @@ class LayerIndex:
         for part in (self.groups, self.chunks, self.tail):
             if part is not None:
                 part.select_rows(rows)
-        if self._mean_query is not None:
-            self._mean_query = self._mean_query[rows.to(self._mean_query.device)]
+        if self._queries is not None:
+            self._queries = self._queries.select_rows(rows)
+        if self._centred is not None:
+            self._centred = self._centred[rows.to(self._centred.device)]
+
+    def emptied(self) -> "LayerIndex":
+        """Return an index without summaries that makes the same ones again from the same K/V."""
+        other = LayerIndex(self.routing)
+        # What was noted is replaced, never written to: both may hold it.
+        other._queries = None if self._queries is None else replace(self._queries)
+        return other
 
     def nbytes(self) -> int:
         """Return the bytes that the summaries take."""
@@ -109,15 +136,31 @@ class LayerIndex:
         parts = (self.groups, self.chunks, self.tail)
         return sum(part.bytes_per_token() for part in parts if part is not None)
 
+    def _more_centred(self, length: int, key_mask: Tensor | None) -> bool:
+        """Say whether a row that was short of keys for its centre has them by now."""
+        if key_mask is None or self._centred is None:
+            return True
+        enough = key_mask[:, :length].sum(1) >= self.routing.centre_tokens
+        return bool((enough & ~self._centred).any())
+
     def _centre(self, length: int, read: KeyValueReader, key_mask: Tensor | None) -> Tensor:
         """Mean of the first `centre_tokens` keys that are not padding, ``[rows, dim]`` float32."""
-        wanted = self.routing.centre_tokens
-        if key_mask is None:
-            return read(0, wanted)[0].float().mean(1)
-        keys = read(0, length)[0].float()
-        real = key_mask[:, :length]
-        weight = (real & (real.cumsum(1) <= wanted)).float()[..., None]
-        return (keys * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+        end = wanted = self.routing.centre_tokens
+        self._centre_end, self._centred = wanted, None
+        if key_mask is not None:
+            count = key_mask[:, :length].cumsum(1)
+            enough = count[:, -1] >= wanted
+            ends = (count < wanted).sum(1) + 1
+            self._centre_end = int((ends * enough).max())
+            self._centred = None if bool(enough.all()) else enough
+            end = min(length, int(ends.max()))
+        keys = read(0, end)[0].float()
+        # A broken key would break the codes of all keys and could not be told from them any more.
+        counted = torch.isfinite(keys).all(-1)
+        if key_mask is not None:
+            counted &= key_mask[:, :end] & (count[:, :end] <= wanted)
+        total = keys.masked_fill(~counted[..., None], 0.0).sum(1)
+        return total / counted.sum(1, keepdim=True).clamp(min=1)
 
     def _extend_chunks(self, end: int, read: KeyValueReader) -> None:
         size = self.routing.chunk_size
@@ -134,9 +177,37 @@ class LayerIndex:
     def _extend_tail(self, end: int, read: KeyValueReader) -> None:
         size = self.routing.chunk_size
         done = 0 if self.tail is None else self.tail.chunks * size
-        if end <= done or self._mean_query is None:
+        if end <= done or self._queries is None:
             return
         keys, values = read(done, end)
         if self.tail is None:
-            self.tail = TailSummary(size, self._mean_query, values.shape[2])
+            self.tail = TailSummary(size, self._queries.mean(), values.shape[2])
         self.tail.append(keys, values)
+
+
+@dataclass
+class _MeanQuery:
+    """Mean over the first queries of each row; sums are replaced, never written to."""
+
+    total: Tensor  # [rows, heads, dim] float32
+    count: Tensor  # [rows] int64
+    end: int = 0  # position past the last query that was looked at
+
+    def add(self, query: Tensor, first: int, key_mask: Tensor | None, most: int) -> None:
+        """Add queries at positions not looked at yet, until `most` of a row are in."""
+        skip = max(0, self.end - first)
+        query, first = query[:, :, skip:], first + skip
+        self.end = max(self.end, first + query.shape[2])
+        counted = torch.isfinite(query).all(-1).all(1)
+        if key_mask is not None:
+            counted &= key_mask[:, first : first + query.shape[2]]
+        counted &= self.count[:, None] + counted.cumsum(1) <= most
+        self.total = self.total + query.masked_fill(~counted[:, None, :, None], 0.0).sum(2)
+        self.count = self.count + counted.sum(1)
+
+    def mean(self) -> Tensor:
+        return self.total / self.count.clamp(min=1)[:, None, None]
+
+    def select_rows(self, rows: Tensor) -> "_MeanQuery":
+        rows = rows.to(self.total.device)
+        return _MeanQuery(self.total[rows], self.count[rows], self.end)

@@ -36,10 +36,12 @@ class Use:
         """Add attended tokens; a tensor is summed where it lives, without a wait."""
         if isinstance(count, int):
             self._attended += count
-        elif count.device in self._pending:
-            self._pending[count.device] += count
-        else:
-            self._pending[count.device] = count.clone()
+            return
+        if count.device not in self._pending:
+            # A tensor made in inference mode could not be added to outside of it.
+            with torch.inference_mode(False):
+                self._pending[count.device] = torch.zeros((), dtype=torch.int64, device=count.device)
+        self._pending[count.device] += count
 
     @property
     def attended(self) -> int:
@@ -117,7 +119,8 @@ class Ledger:
             yield records
         finally:
             with self._lock:
-                self._recorders.remove(entry)
+                # By identity: two recordings may hold equal lists.
+                self._recorders = [other for other in self._recorders if other is not entry]
 
 
 LEDGER = Ledger()

@@ -48,7 +48,7 @@ class MeanSummary:
         def score(query: Tensor, limit: int) -> Tensor:
             rows, heads, queries, dim = query.shape
             flat = torch.bmm(query.reshape(rows, -1, dim), means[:, :, :limit])
-            return flat.view(rows, heads, queries, limit)
+            return flat.view(rows, heads, queries, limit, 1)
 
         return score
 

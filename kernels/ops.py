@@ -193,7 +193,9 @@ def read_state(
     """
     key, value = STATES.get(handle).full()
     if list(key.shape) != list(key_shape):
-        raise RuntimeError(f"stored keys must be {list(key_shape)} as the cache counts, got {list(key.shape)}")
+        raise RuntimeError(
+            f"stored keys must be {list(key_shape)} as the cache counts, got {list(key.shape)}"
+        )
     return key, value
 
 

@@ -43,6 +43,10 @@ class QueryPlan:
     """Bound on `chosen`, known without reading a tensor."""
     most_chunks: int
     """Bound on `chunks`, likewise."""
+    certain: int
+    """Groups from 0 on that lie before every query's window; 0 with padding."""
+    last_window: int
+    """Greatest `window`."""
 
 
 def tokens_for(share: Budget | Window, whole: Tensor) -> Tensor:
@@ -74,20 +78,25 @@ def plan_queries(routing: Routing, first: int, queries: int, key_mask: Tensor | 
     if key_mask is None:
         return _plan_unmasked(routing, first, queries)
     visible = key_mask.cumsum(1)[:, first:]
-    return _plan(routing, first, queries, visible, key_mask.to(torch.int8).argmax(1, keepdim=True))
+    start = key_mask.to(torch.int8).argmax(1, keepdim=True)
+    return _plan(routing, first, queries, visible, start, unpadded=False)
 
 
 # All layers of a model plan the same queries: one tile or step is worked out once.
 @lru_cache(maxsize=512)
 def _plan_unmasked(routing: Routing, first: int, queries: int) -> QueryPlan:
-    visible = torch.arange(first + 1, first + queries + 1)[None]
-    return _plan(routing, first, queries, visible, torch.zeros(1, 1, dtype=torch.int64))
+    visible = torch.arange(first + 1, first + queries + 1, device="cpu")[None]
+    return _plan(
+        routing, first, queries, visible, torch.zeros(1, 1, dtype=torch.int64, device="cpu"), unpadded=True
+    )
 
 
-def _plan(routing: Routing, first: int, queries: int, visible: Tensor, start: Tensor) -> QueryPlan:
+def _plan(
+    routing: Routing, first: int, queries: int, visible: Tensor, start: Tensor, *, unpadded: bool
+) -> QueryPlan:
     """Build the plan from the visible tokens and the first real token (``[batch or 1, 1]``) of each row."""
     group = routing.group_size
-    end = torch.arange(first + 1, first + queries + 1)[None]
+    end = torch.arange(first + 1, first + queries + 1, device="cpu")[None]
     budget = torch.minimum(tokens_for(routing.budget, visible), visible)
     window = (end - tokens_for(routing.window, budget)).clamp(min=0) // group
     # Past the first sink the window may already begin: nothing is counted twice.
@@ -110,4 +119,6 @@ def _plan(routing: Routing, first: int, queries: int, visible: Tensor, start: Te
         chunks=-(-kept // routing.chunk_size),
         most_chosen=min(routing.budget.tokens_for(last), last) // group,
         most_chunks=-(-routing.chunk_tokens_for(last) // routing.chunk_size),
+        certain=int(window.min()) if unpadded else 0,
+        last_window=int(window.max()),
     )

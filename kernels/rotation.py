@@ -34,4 +34,5 @@ def rotation(dim: int, device: torch.device) -> Tensor:
             for _ in range(power):
                 block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)], 0)
             blocks.append(block * 2.0 ** (-power / 2))
-    return torch.block_diag(*blocks).to(device)
+    matrix: Tensor = torch.block_diag(*blocks)
+    return matrix.to(device)

@@ -25,7 +25,7 @@ class Chosen:
     kept: Tensor
 
 
-def merge_votes(scores: Tensor, seen: Tensor, vote: str) -> Tensor:
+def merge_votes(scores: Tensor, seen: Tensor | None, vote: str, certain: int = 0) -> Tensor:
     """Merge the query heads' scores of a KV head into one vote per group.
 
     Every head votes with its softmax mass over the groups it sees, so that a head that attends elsewhere has
@@ -34,11 +34,13 @@ def merge_votes(scores: Tensor, seen: Tensor, vote: str) -> Tensor:
     Parameters
     ----------
     scores : Tensor
-        ``[rows, heads, queries, groups]`` float32. Overwritten.
-    seen : Tensor
-        bool, broadcastable to ``[rows, 1, queries, groups]``: groups that take part.
+        ``[rows, heads, queries, groups, members]`` float32 (see `summaries.Scorer`). Overwritten.
+    seen : Tensor or None
+        bool, broadcastable to ``[rows, queries, groups]``: groups that take part; None: all.
     vote : str
         `mass_sum` or `mass_max` (`routing.vote`).
+    certain : int
+        First groups that every query sees, whatever `seen` says: no time is spent on their mask.
 
     Returns
     -------
@@ -46,12 +48,29 @@ def merge_votes(scores: Tensor, seen: Tensor, vote: str) -> Tensor:
         ``[rows, queries, groups]``; 0 where not seen, infinite for a group whose score is not a number, so
         that broken keys are attended to, never lost.
     """
-    broken = torch.isnan(scores).any(1)
-    scores = scores.masked_fill_(~seen | torch.isnan(scores), -torch.inf)
-    # A query that sees no group gets a row of NaN from the softmax.
-    mass = torch.softmax(scores, -1).nan_to_num_(0.0)
+    if seen is not None and certain < scores.shape[3]:
+        hidden = ~seen[..., certain:]
+        scores[..., certain:, :].masked_fill_(hidden[:, None, :, :, None], -torch.inf)
+    peak = scores.flatten(3).amax(-1) if scores.shape[3] else scores.new_zeros(scores.shape[:3])
+    broken = None
+    if not bool(torch.isfinite(peak).all()):
+        # A score that is not a number, an infinite one, or a query that sees nothing.
+        broken = torch.isnan(scores).any(-1) | (scores == torch.inf).any(-1)
+        scores.masked_fill_(broken[..., None], -torch.inf)
+        peak = scores.flatten(3).amax(-1)
+        peak = torch.where(torch.isinf(peak), torch.zeros_like(peak), peak)
+    mass = _sum_members(scores.sub_(peak[..., None, None]).exp_())
+    total = mass.sum(-1, keepdim=True)
+    mass /= torch.where(total > 0, total, torch.ones_like(total))
     votes = mass.amax(1) if vote == "mass_max" else mass.sum(1)
-    return votes.masked_fill_(broken, torch.inf)
+    return votes if broken is None else votes.masked_fill_(broken.any(1), torch.inf)
+
+
+def _sum_members(mass: Tensor) -> Tensor:
+    """Sum over the last dimension, pairwise: torch's reduction of so short a dimension is three times slower."""
+    while mass.shape[-1] > 1 and mass.shape[-1] % 2 == 0:
+        mass = mass[..., ::2] + mass[..., 1::2]
+    return mass.sum(-1) if mass.shape[-1] > 1 else mass[..., 0]
 
 
 def choose_groups(
@@ -89,19 +108,27 @@ def choose_groups(
         Groups between sinks and window, best first, no more than the plan allows.
     """
     rows = query.shape[0]
+    kept = None
+    if chunks is not None and min(chunks.chunks, groups * routing.group_size // routing.chunk_size):
+        kept = _keep_chunks(routing, plan, query, chunks, groups, real)
+    scores = score(query, groups)
+    if kept is None and real is None and query.shape[2] == 1 and groups == plan.certain:
+        # One query without padding sees all of these groups: nothing to mask, and all counts are known.
+        votes = merge_votes(scores, None, routing.vote)
+        first = int(plan.sink_end)
+        best = votes[..., first:].topk(min(int(plan.chosen), groups - first), -1, sorted=False)
+        return Chosen(best.indices + first, torch.ones_like(best.indices, dtype=torch.bool))
     number = torch.arange(groups, device=query.device)
     window, sink_end, sink_start, most = (
         per_row(part, rows, query.device)
         for part in (plan.window, plan.sink_end, plan.sink_start, plan.chosen)
     )
-    if chunks is not None and min(chunks.chunks, groups * routing.group_size // routing.chunk_size):
-        seen = _keep_chunks(routing, plan, query, chunks, groups, real)
-    else:
-        seen = torch.ones(1, 1, groups, dtype=torch.bool, device=query.device)
-    if real is not None:
-        seen = seen & real[:, None]
-    seen = seen & (number < window) & (number >= sink_start)
-    votes = merge_votes(score(query, groups), seen[:, None], routing.vote)
+    seen = (number < window) & (number >= sink_start)
+    certain = plan.certain
+    for part in (kept, None if real is None else real[:, None]):
+        if part is not None:
+            seen, certain = seen & part, 0
+    votes = merge_votes(scores, seen, routing.vote, certain)
     votes = votes.masked_fill_(~(seen & (number >= sink_end)), -1.0)
     width = min(plan.most_chosen, groups)
     best = votes.topk(width, -1)
@@ -125,19 +152,19 @@ def _keep_chunks(
     count = min(chunks.chunks, groups // per_chunk)
     scores = chunks.scores(query, count)
     number = torch.arange(count, device=query.device)
-    # A chunk counts for a query once it ends before the window: before that its summary may hold later tokens.
+    # A chunk counts for a query once it ends before the window: until then it may hold later tokens.
     complete = (number + 1) * per_chunk <= window
     seen = complete
     if real is not None:
         seen = complete & real[:, None, : count * per_chunk].unflatten(-1, (count, per_chunk)).any(-1)
-    votes = merge_votes(scores, seen[:, None], routing.vote)
+    votes = merge_votes(scores, seen, routing.vote)
     votes = votes.masked_fill_(~seen, -1.0)
     width = min(plan.most_chunks, count)
     best = votes.topk(width, -1)
     rank = torch.arange(width, device=query.device)
     keep = torch.zeros_like(votes, dtype=torch.bool)
     keep.scatter_(-1, best.indices, (best.values >= 0) & (rank < most))
-    # Groups of chunks without a usable summary go on to level 2, and so do those of queries below the threshold.
+    # Groups of chunks without a usable summary go on to level 2, as do those of queries below the threshold.
     short = per_row(plan.visible, rows, query.device) <= routing.auto_chunk_tokens
     if routing.chunk_stage == "on":
         short = torch.zeros_like(short)

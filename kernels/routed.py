@@ -1,6 +1,7 @@
 """Routed attention over one layer's K/V: plan, route, attend, in plain torch, for prefill and decode."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -132,21 +133,26 @@ def routed_attention(
     Raises
     ------
     ValueError
-        Query heads that are no multiple of the KV heads, or a mask that is too short.
+        Query heads that are no multiple of the KV heads, more queries than tokens, or a mask of another shape.
     """
     batch, query_heads, queries, dim = query.shape
     kv_heads = kv.rows // batch
     if kv_heads * batch != kv.rows or query_heads % kv_heads:
         raise ValueError(
-            f"query heads must be a multiple of KV heads, got {query_heads} query heads and {kv.rows} K/V rows "
-            f"for a batch of {batch}"
+            f"query heads must be a multiple of KV heads, got {query_heads} query heads and {kv.rows} "
+            f"K/V rows for a batch of {batch}"
         )
+    if queries > length:
+        raise ValueError(f"queries must be the last of the tokens, got {queries} queries and {length} tokens")
+    if key_mask is not None and key_mask.shape[0] not in (1, batch):
+        raise ValueError(f"key_mask must have a row a sequence, got {key_mask.shape[0]} rows, expected {batch}")
     grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, queries, dim)
     scaled = (query.float() * scale).reshape(kv.rows, -1, queries, dim)
     padding = Padding.of(key_mask, length)
     use = LEDGER.use(layer, "decode" if queries == 1 else "prefill")
     call = _Call(grouped, scaled, kv, index, length, padding, scale, routing, layer, use)
-    index.note_queries(scaled, call.first)
+    if routing.tail == "estimate":
+        index.note_queries(scaled, call.first, None if padding is None else padding.rows(kv.rows))
     all_dense = (
         length <= max(routing.dense_below, routing.centre_tokens)
         or routing.budget.tokens_for(length) >= length
@@ -174,69 +180,110 @@ def _dense(call: _Call) -> Tensor:
     call.use.add_attended(_count_visible(call, plan))
     _note_rows(call, key, value)
     if LEDGER.wants(call.layer):
-        number = torch.arange(-(-call.length // call.routing.group_size))
-        end = torch.arange(call.first, call.length)[:, None] // call.routing.group_size
-        _record(call, call.first, (number <= end).expand(batch * kv_heads, -1, -1))
+        _record(call, call.first, _visible_groups(call))
     return attend_full(call.query, key, value, mask, call.scale)
+
+
+def _visible_groups(call: _Call) -> Tensor:
+    """Mark the groups with a token that each query sees, ``[rows, queries, groups]`` bool on the CPU."""
+    group, length = call.routing.group_size, call.length
+    token = torch.arange(length, device="cpu")[None]
+    if call.padding is not None:
+        token = token.masked_fill(~call.padding.host, length)
+    token = torch.nn.functional.pad(token, (0, -length % group), value=length)
+    first = token.unflatten(-1, (-1, group)).amin(-1).repeat_interleave(call.kv.rows // len(token), 0)
+    return first[:, None] <= torch.arange(call.first, length, device="cpu")[:, None]
 
 
 def _decode(call: _Call) -> Tensor:
     """One query a row: gather the routed groups, attend to nothing else."""
-    kv, length, rows = call.kv, call.length, call.kv.rows
-    kv_heads, device = call.query.shape[1], call.query.device
-    group = call.routing.group_size
+    routing, length, device = call.routing, call.length, call.query.device
     _extend(call)
     plan = _plan(call, call.first, 1)
-    groups = min(int(plan.window.max()), _groups(call))
-    chosen = _choose(call, plan, call.scaled, groups, _scorer(call, groups))
-    window, start, end, dense = (
-        part if len(part) == 1 else part.repeat_interleave(kv_heads, 0)
-        for part in (plan.window, plan.sink_start, plan.sink_end, plan.dense)
-    )
-    if bool(plan.dense.any()):
-        # Rows whose real tokens are few attend to all of them: everything between sinks and window.
-        between = torch.arange(int((window - end).clamp(min=0)[dense].max()))
-        extra = end + between
-        extra_kept = dense & (extra < window)
-        chosen = Chosen(
-            torch.cat([chosen.groups, extra[:, None].to(device).expand(rows, -1, -1)], -1),
-            torch.cat(
-                [
-                    chosen.kept & ~dense[:, None].to(device),
-                    extra_kept[:, None].to(device).expand(rows, -1, -1),
-                ],
-                -1,
-            ),
-        )
-    last = -(-length // group)
-    sinks = start + torch.arange(int((end - start).max()))
-    recent = window + torch.arange(int(last - window.min()))
-    fixed = torch.cat([sinks, recent], -1)
-    fixed_kept = torch.cat([sinks < end, recent < last], -1)
-    groups = torch.cat([chosen.groups[:, 0], fixed.to(device).expand(rows, -1)], -1)
-    kept = torch.cat([chosen.kept[:, 0], fixed_kept.to(device).expand(rows, -1)], -1)
-    groups = groups.masked_fill(~kept, 0)
-    key, value = kv.gather(groups, group)
-    token = (groups[..., None] * group + torch.arange(group, device=device)).flatten(1)
-    real = kept.repeat_interleave(group, 1) & (token < length)
-    if call.padding is not None:
-        real &= call.padding.rows(rows).gather(1, token.clamp(max=length - 1))
     _count_visible(call, plan)
-    call.use.add_attended(real.sum())
+    known = min(plan.last_window, _groups(call))
+    chosen = _choose(call, plan, call.scaled, known, _scorer(call, known))
+    if call.padding is None:
+        fixed = _fixed_groups(routing, call.first).to(device)
+        groups = torch.cat([chosen.groups[:, 0], fixed.expand(call.kv.rows, -1)], -1)
+        kept = None if bool(chosen.kept.all()) else _with_fixed(chosen.kept[:, 0], len(fixed))
+    else:
+        groups, kept = _padded_groups(call, plan, chosen)
+    key, value = call.kv.gather(groups, routing.group_size)
+    if kept is None:
+        # Only the last group can be incomplete, and it comes last.
+        tokens = groups.shape[1] * routing.group_size - -length % routing.group_size
+        key, value, real = key[:, :tokens], value[:, :tokens], None
+        call.use.add_attended(call.kv.rows * tokens)
+    else:
+        token = _tokens(groups, routing.group_size)
+        real = kept.repeat_interleave(routing.group_size, 1) & (token < length)
+        if call.padding is not None:
+            real &= call.padding.rows(call.kv.rows).gather(1, token.clamp(max=length - 1))
+        call.use.add_attended(real.sum())
+        # Rows that are not tokens may hold anything; 0 * NaN would still be NaN.
+        key, value = (part.masked_fill(~real[..., None], 0.0) for part in (key, value))
     _note_rows(call, key, value)
     if LEDGER.wants(call.layer):
-        marks = torch.zeros(rows, 1, last, dtype=torch.bool, device=device)
-        _record(call, call.first, marks.scatter_(-1, groups[:, None], kept[:, None]))
-    # Rows that are not tokens may hold anything; 0 * NaN would still be NaN.
-    key, value = (part.masked_fill(~real[..., None], 0.0) for part in (key, value))
+        shape = (call.kv.rows, -(-length // routing.group_size))
+        marks = torch.zeros(shape, dtype=torch.int32, device=device)
+        marked = torch.ones_like(groups, dtype=torch.bool)
+        if real is not None:
+            marked = real.unflatten(-1, (-1, routing.group_size)).any(-1)
+        # Groups that are not meant all have number 0, which may be meant too.
+        _record(call, call.first, marks.scatter_add_(-1, groups, marked.int())[:, None] > 0)
     tail = call.index.tail
     if tail is None:
         return attend_gathered(call.query.flatten(0, 1)[:, :, 0], key, value, real, call.scale)
+    token = _tokens(groups, routing.group_size)[:, : key.shape[1]]
+    real = torch.ones_like(token, dtype=torch.bool) if real is None else real
     counted = _counted_chunks(call, tail.chunks, torch.tensor([[length]], device=device))[:, 0]
+    counted = counted.expand(call.kv.rows, -1)
     out = attend_gathered_with_tail(
-        call.scaled[:, :, 0], key, value, real, token // tail.chunk_size, counted.expand(rows, -1), tail
+        call.scaled[:, :, 0], key, value, real, token // tail.chunk_size, counted, tail
     )
     return out.to(call.query.dtype)
+
+
+# All layers of a model take the same step.
+@lru_cache(maxsize=64)
+def _fixed_groups(routing: Routing, position: int) -> Tensor:
+    """List the groups of sinks and window of one unpadded query, ascending, int64 on the CPU."""
+    plan = plan_queries(routing, position, 1, None)
+    sinks = torch.arange(int(plan.sink_start), int(plan.sink_end), device="cpu")
+    last = position // routing.group_size
+    return torch.cat([sinks, torch.arange(int(plan.window), last + 1, device="cpu")])
+
+
+def _with_fixed(kept: Tensor, fixed: int) -> Tensor:
+    return torch.cat([kept, torch.ones(len(kept), fixed, dtype=torch.bool, device=kept.device)], -1)
+
+
+def _tokens(groups: Tensor, group_size: int) -> Tensor:
+    """Positions of the tokens of groups: ``[rows, n]`` to ``[rows, n * group_size]``."""
+    return (groups[..., None] * group_size + torch.arange(group_size, device=groups.device)).flatten(1)
+
+
+def _padded_groups(call: _Call, plan: QueryPlan, chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Join chosen and fixed groups of one query a row where rows differ in padding; mark those meant."""
+    rows, device = call.kv.rows, call.query.device
+    kv_heads, last = call.query.shape[1], -(-call.length // call.routing.group_size)
+    window, start, end, dense = (
+        (part if len(part) > 1 else part.expand(rows // kv_heads, -1)).repeat_interleave(kv_heads, 0)
+        for part in (plan.window, plan.sink_start, plan.sink_end, plan.dense)
+    )
+    sinks = start + torch.arange(int((end - start).max()), device="cpu")
+    recent = window + torch.arange(int(last - window.min()), device="cpu")
+    groups, kept = [sinks, recent], [sinks < end, recent < last]
+    if bool(dense.any()):
+        # Rows whose real tokens are few attend to all of them: to everything between sinks and window.
+        between = end + torch.arange(int((window - end).clamp(min=0)[dense].max()), device="cpu")
+        groups.append(between)
+        kept.append(dense & (between < window))
+    best, best_kept = chosen.groups[:, 0], chosen.kept[:, 0] & ~dense.to(device)
+    all_groups = torch.cat([best, *(part.to(device) for part in groups)], -1)
+    all_kept = torch.cat([best_kept, *(part.to(device) for part in kept)], -1)
+    return all_groups.masked_fill(~all_kept, 0), all_kept
 
 
 def _tiles(call: _Call) -> Tensor:
@@ -262,7 +309,7 @@ def _tiles(call: _Call) -> Tensor:
         number = torch.arange(-(-tokens // group), device=device)
         fixed = (number >= window) | ((number >= start) & (number < end))
         scaled = call.scaled[:, :, begin:stop]
-        chosen = _choose(call, plan, scaled, min(int(plan.window.max()), _groups(call)), score)
+        chosen = _choose(call, plan, scaled, min(plan.last_window, _groups(call)), score)
         allowed = routed_mask(chosen.groups, chosen.kept, fixed, dense, group, tokens)
         position = torch.arange(first, tokens, device=device)[:, None]
         visible = (torch.arange(tokens, device=device) <= position)[None]

@@ -79,7 +79,7 @@ class States:
         with self._lock:
             number = next(self._numbers)
             self._states[number] = state
-        return torch.tensor([number], dtype=torch.int64)
+        return torch.tensor([number], dtype=torch.int64, device="cpu")
 
     def get(self, handle: Tensor) -> LayerState:
         """Return the state that a handle names.

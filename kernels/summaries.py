@@ -12,8 +12,9 @@ __all__ = ["Scorer", "Summary", "make_summary", "register_summary"]
 
 Scorer = Callable[[Tensor, int], Tensor]
 """Maps queries ``[rows, heads, queries, dim]`` (float32, softmax scale applied) and a number of groups to scores
-``[rows, heads, queries, groups]`` of the first groups: estimates of the log-sum-exp of the scores of each
-group's keys, up to a constant per query."""
+``[rows, heads, queries, groups, members]`` of the first groups. A group's score is the log-sum-exp over its
+members (its low-bit keys, or its one mean): an estimate of that of its keys, up to a constant per query. The
+caller may overwrite the result."""
 
 
 class Summary(Protocol):

@@ -33,8 +33,11 @@ class TailSummary:
         self.chunk_size, self.mean_query = chunk_size, mean_query
         self.chunks = 0
         rows, heads, dim = mean_query.shape
-        make = lambda *last: torch.empty(rows, heads, 0, *last, device=mean_query.device)  # noqa: E731 - a shape
-        self.log_mass, self.key, self.value = make(), make(dim), make(v_dim)
+        self.log_mass = mean_query.new_empty(rows, heads, 0)
+        self.key, self.value = (
+            mean_query.new_empty(rows, heads, 0, dim),
+            mean_query.new_empty(rows, heads, 0, v_dim),
+        )
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add complete chunks: ``[rows, tokens, dim]`` and ``[rows, tokens, v_dim]``."""
@@ -105,13 +108,16 @@ def attend_masked_with_tail(
     """
     key, value = key.float(), value.float()
     exact = torch.einsum("rhqd,rtd->rhqt", query, key)
-    covered = tail.chunks * tail.chunk_size
-    shift = tail.shifts(query, tail.chunks).repeat_interleave(tail.chunk_size, -1)
+    # Later tiles' chunks lie past these tokens.
+    chunks = min(tail.chunks, -(-key.shape[1] // tail.chunk_size))
+    covered = min(chunks * tail.chunk_size, key.shape[1])
+    shift = tail.shifts(query, chunks).repeat_interleave(tail.chunk_size, -1)[..., :covered]
     base = torch.einsum("rhd,rtd->rht", tail.mean_query, key[:, :covered])
     estimate = torch.full_like(exact, -torch.inf)
     estimate[..., :covered] = base[:, :, None] + shift
     scores = torch.where(mask[:, None], exact, estimate.masked_fill_(~unrouted[:, None], -torch.inf))
-    weight = torch.softmax(scores, -1).nan_to_num_(0.0)
+    nothing = torch.isneginf(scores).all(-1, keepdim=True)
+    weight = torch.softmax(scores, -1).masked_fill_(nothing, 0.0)
     return torch.einsum("rhqt,rtd->rhqd", weight, value)
 
 
@@ -158,7 +164,7 @@ def attend_gathered_with_tail(
     rest = (mass.sum(-1) - again.sum(-1)).clamp(min=0.0)
     rest_value = torch.einsum("rhc,rhcd->rhd", mass, tail.value[:, :, :chunks])
     rest_value = rest_value - torch.einsum("rhn,rnd->rhd", again, value)
-    rest_value = torch.where(rest[..., None] > 0, rest_value, torch.zeros_like(rest_value))
+    rest_value = rest_value.masked_fill(rest[..., None] == 0, 0.0)
     total = exact.sum(-1) + rest
     out = torch.einsum("rhn,rnd->rhd", exact, value) + rest_value
-    return torch.where(total[..., None] > 0, out / total[..., None], torch.zeros_like(out))
+    return (out / total[..., None]).masked_fill(total[..., None] == 0, 0.0)

@@ -59,8 +59,12 @@ def decide(site: Site, layer: int, layers: int, routing: Routing, values: MaskVa
     one_query = site.phase == "decode"
     if site.append is None and one_query:
         return Plan(site, verdict(Reason.SINGLE_QUERY, _source_of(site.key)))
-    if site.append is not None and _shared(site):
-        return Plan(site, verdict(Reason.SHARED_KV))
+    if site.append is not None:
+        new = site.append.args[0].meta["val"].shape[2]  # type: ignore[union-attr]
+        if not statically_known_true(new == site.queries):
+            return Plan(site, verdict(Reason.NOT_CAUSAL, f"{site.queries} queries, {new} new keys"))
+        if _shared(site):
+            return Plan(site, verdict(Reason.SHARED_KV))
 
     padding, single, window, detail = None, None, None, "causal"
     if site.mask is None:
@@ -72,6 +76,8 @@ def decide(site: Site, layer: int, layers: int, routing: Routing, values: MaskVa
         mask = site.mask.meta["val"]
         if mask.dtype is not torch.bool:
             return Plan(site, verdict(Reason.FLOAT_MASK, f"{mask.dtype}"))
+        if not _covers(mask, site):
+            return Plan(site, verdict(Reason.UNPROVEN_MASK, f"a mask of {list(mask.shape)} is broadcast"))
         proof = prove_mask(site.mask, values)
         if proof.proven and proof.causal:
             padding, window = proof.padding, proof.window
@@ -114,13 +120,18 @@ def _shared(site: Site) -> bool:
     """Say whether something beside this site reads the K or V that the append returns."""
     assert site.append is not None  # the caller has checked
     reached = _reaches(site.key, site) and _reaches(site.value, site)
-    return not reached or any(user not in (site.key, site.value) for user in site.append.users)
+    if not reached or any(user not in (site.key, site.value) for user in site.append.users):
+        return True
+    # The rewritten op stores the rows where the attention is: nothing in between may look at the store.
+    handle = site.append.args[2]
+    assert isinstance(handle, Node)
+    return any(site.append < user < site.node for user in handle.users)
 
 
 def _reaches(node: Node, site: Site) -> bool:
     """Say whether every use of a node leads to the site, over views alone."""
     for user in node.users:
-        if user is site.node:
+        if user is site.node and node not in (site.query, site.mask):
             continue
         view = str(user.target) in _VIEWS
         if not view or not _reaches(user, site):
@@ -143,6 +154,18 @@ _VIEWS = frozenset(
         "repeat_interleave.self_int",
     )
 )
+
+
+def _covers(mask: torch.Tensor, site: Site) -> bool:
+    """Say whether a mask has a row for every query and a column for every key, none of them broadcast."""
+    if mask.dim() != 4:
+        return True  # refused by the proof, with its reason
+    batch = site.query.meta["val"].shape[0]
+    return (
+        (statically_known_true(mask.shape[0] == 1) or statically_known_true(mask.shape[0] == batch))
+        and statically_known_true(mask.shape[2] == site.queries)
+        and statically_known_true(mask.shape[3] == site.keys)
+    )
 
 
 def _one_row(mask: torch.Tensor) -> bool:

@@ -31,6 +31,8 @@ class Reason(StrEnum):
     """Routing would read more than it saves: a static, stock or encoder cache."""
     SHARED_KV = "K or V is used elsewhere too"
     """The graph needs all of K and V anyway."""
+    NOT_MATCHED = "no attention over the stored K and V was recognised"
+    """Such as `attn_implementation="eager"`: all of K and V is read."""
     SHAPE = "unsupported shape"
     """Not four-dimensional, or KV heads that do not divide the query heads."""
     RETRACE_FAILED = "the graph could not be traced to ATen"

@@ -1,7 +1,7 @@
 """Values that mask proofs reason about: what a tensor holds at each index, as a formula of the index.
 
-A tensor of positions is affine in its indices (``arange(n)[:, None] + 5`` holds ``i + 5``); a bool tensor is a
-conjunction of inequalities between such formulas and of look-ups in a tensor that came from outside.
+A tensor of positions is affine in its indices (``arange(n)[:, None] + 5`` holds ``i + 5``); a bool tensor is
+a conjunction of inequalities between such formulas and of look-ups in a tensor that came from outside.
 """
 
 from collections.abc import Iterable, Sequence

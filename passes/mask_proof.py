@@ -6,6 +6,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hga_compile.passes.index_algebra import Affine, AtMost, Lookup, Truth, expression, is_zero
 from hga_compile.passes.mask_values import MaskValues, NotUnderstood
@@ -114,8 +115,11 @@ def _is_padding(fact: Lookup, shape: Any) -> bool:
     if len(fact.indices) != 2:
         return False
     batch, key = fact.indices
-    one_sequence = isinstance(shape[0], int) and shape[0] == 1
-    by_batch = _selects(batch, 0) or (one_sequence and _constant_zero(batch))
+    rows = fact.source.meta["val"].shape[0]
+    # A table of one row holds for every sequence; of a larger one each sequence must read its own.
+    by_batch = (_selects(batch, 0) and statically_known_true(rows == shape[0])) or (
+        _constant_zero(batch) and statically_known_true(rows == 1)
+    )
     one_key = isinstance(shape[3], int) and shape[3] == 1
     return by_batch and (_selects(key, 3) or (one_key and _constant_zero(key)))
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from hga_compile.passes.aliasing import changed_in_place
 from hga_compile.passes.index_algebra import Affine, AtMost, Lookup, Truth, Value, expression
 
 __all__ = ["MaskValues", "NotUnderstood"]
@@ -30,10 +31,17 @@ def _rule(*names: str) -> Callable[[_Rule], _Rule]:
 
 
 class MaskValues:
-    """Formulas of the nodes of one graph; each node is worked out once."""
+    """Formulas of the nodes of one graph; each node is worked out once.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    graph : Graph
+        As it is now: what is written in place there has no formula.
+    """
+
+    def __init__(self, graph: Graph) -> None:
         self._known: dict[Node, Value | NotUnderstood] = {}
+        self._changed = changed_in_place(graph)
 
     def of(self, node: Any) -> Value:
         """Return what a node holds.
@@ -47,13 +55,29 @@ class MaskValues:
             raise NotUnderstood(f"a constant {node!r} where a tensor was expected")
         if node not in self._known:
             try:
-                self._known[node] = self._work_out(node)
+                self._known[node] = self._checked(node)
             except NotUnderstood as unknown:
                 self._known[node] = unknown
         known = self._known[node]
         if isinstance(known, NotUnderstood):
             raise known
         return known
+
+    def _checked(self, node: Node) -> Value:
+        if node in self._changed:
+            raise NotUnderstood(f"{node}, whose memory is written in place")
+        found, shape = self._work_out(node), _shape(node)
+        if isinstance(found, Affine) and node.meta["val"].dtype not in _EXACT_TYPES:
+            raise NotUnderstood(f"positions as {node.meta['val'].dtype}, which may wrap")
+        # The index of a dimension of size 1 is 0: stated, since broadcasting repeats it for other indices.
+        single = [isinstance(size, int) and size == 1 for size in shape]
+        return _remap(
+            found,
+            lambda a: Affine(
+                tuple(_ZERO if one else c for one, c in zip(single, a.coefficients, strict=True)), a.constant
+            ),
+            len(shape),
+        )
 
     def _work_out(self, node: Node) -> Value:
         rule = _RULES.get(str(node.target)) if node.op == "call_function" else None
@@ -87,6 +111,8 @@ class MaskValues:
 
 
 _SOURCE_TYPES = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8)
+# Positions fit into these; of bool tensors only those that are False everywhere are numbers here.
+_EXACT_TYPES = (torch.bool, torch.int64, torch.int32)
 
 
 def _axis(rank: int, dim: int) -> Affine:
@@ -225,7 +251,8 @@ def _slice(values: MaskValues, node: Node) -> Value:
     assert isinstance(source, Node)
     rank = len(_shape(source))
     dim, start, step = (
-        node.args[place] if len(node.args) > place else default for place, default in ((1, 0), (2, None), (4, 1))
+        node.args[place] if len(node.args) > place else default
+        for place, default in ((1, 0), (2, None), (4, 1))
     )
     if step != 1:
         raise NotUnderstood("slice with a step")
@@ -284,7 +311,9 @@ def _constant(values: MaskValues, node: Node) -> Value:
     raise NotUnderstood(f"{node.target} of {dtype} with {fill!r}")
 
 
-@_rule(*(f"aten.{name}.{kind}" for name in ("le", "lt", "ge", "gt", "eq", "ne") for kind in ("Tensor", "Scalar")))
+@_rule(
+    *(f"aten.{name}.{kind}" for name in ("le", "lt", "ge", "gt", "eq", "ne") for kind in ("Tensor", "Scalar"))
+)
 def _compare(values: MaskValues, node: Node) -> Value:
     name = str(node.target).split(".")[1]
     left, right = (values.integers(arg, "comparison") for arg in node.args[:2])
@@ -308,6 +337,9 @@ def _compare(values: MaskValues, node: Node) -> Value:
 
 @_rule("aten.__and__.Tensor", "aten.bitwise_and.Tensor", "aten.logical_and.default")
 def _and(values: MaskValues, node: Node) -> Value:
+    # On integers `&` works bit by bit: 1 & 2 is 0 although both are true.
+    if "logical" not in str(node.target) and node.meta["val"].dtype is not torch.bool:
+        raise NotUnderstood(f"{node.target} of integers")
     return values.truth(node.args[0]).both(values.truth(node.args[1]))
 
 
@@ -324,12 +356,17 @@ def _diff(values: MaskValues, node: Node) -> Value:
     step = found.coefficients[dim]
     if prepend is not None:
         before = values.integers(prepend, "difference").widened(rank)
+        if not isinstance(prepend, Node) or _shape(prepend)[dim] != 1:
+            raise NotUnderstood("diff after more than one entry")
         # The prepended entry must continue the sequence backwards.
         here = Affine(
             tuple(_ZERO if place == dim else c for place, c in enumerate(found.coefficients)), found.constant
         )
         gap = here.plus(
-            Affine(tuple(_ZERO if place == dim else c for place, c in enumerate(before.coefficients)), before.constant),
+            Affine(
+                tuple(_ZERO if place == dim else c for place, c in enumerate(before.coefficients)),
+                before.constant,
+            ),
             -1,
         )
         if any(c != 0 for c in gap.coefficients) or sympy.expand(gap.constant - step) != 0:

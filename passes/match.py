@@ -3,16 +3,23 @@
 import math
 import operator
 import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["Site", "find_sites"]
+from hga_compile.kernels import ops
+from hga_compile.passes.aliasing import changed_in_place
+
+__all__ = ["Site", "Unmatched", "find_sites", "find_unmatched"]
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _APPEND = torch.ops.hga.append.default
+del ops  # imported for the registration of the ops
 _KEEPS = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default)
 
 
@@ -48,20 +55,48 @@ class Site:
     @property
     def phase(self) -> str:
         """`decode` for one query, else `prefill`."""
-        return "decode" if isinstance(self.queries, int) and self.queries == 1 else "prefill"
+        return _phase(self.queries)
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """An `hga::append` whose K and V no site was seen to read."""
+
+    node: Node
+    layer: int | None
+
+    @property
+    def phase(self) -> str:
+        """`decode` for one new row, else `prefill`."""
+        return _phase(self.node.args[0].meta["val"].shape[2])  # type: ignore[union-attr]
 
 
 def find_sites(graph: Graph) -> list[Site]:
     """Return every attention site, in the order in which the graph runs."""
-    return [_read(node) for node in graph.find_nodes(op="call_function", target=_SDPA)]
+    nodes = graph.find_nodes(op="call_function", target=_SDPA)
+    changed = changed_in_place(graph)
+    return [_read(node, layer, changed) for node, layer in zip(nodes, _layers_of(nodes), strict=True)]
 
 
-def _read(node: Node) -> Site:
+def find_unmatched(graph: Graph, sites: Sequence[Site]) -> list[Unmatched]:
+    """Return the appends that belong to none of the sites, in the order in which the graph runs."""
+    matched = {site.append for site in sites}
+    nodes = [
+        node for node in graph.find_nodes(op="call_function", target=_APPEND) if node not in matched
+    ]
+    return [Unmatched(node, layer) for node, layer in zip(nodes, _layers_of(nodes), strict=True)]
+
+
+def _phase(queries: Any) -> str:
+    return "decode" if isinstance(queries, int) and queries == 1 else "prefill"
+
+
+def _read(node: Node, layer: int | None, changed: Mapping[Node, Node]) -> Site:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
     given |= dict(zip(names, node.args, strict=False)) | node.kwargs
     query, key, value = given["query"], given["key"], given["value"]
-    key, value = _before_repeat(key), _before_repeat(value)
+    key, value = _before_repeat(key, changed), _before_repeat(value, changed)
     scale = given["scale"]
     if scale is None:
         channels = query.meta["val"].shape[-1]
@@ -77,56 +112,74 @@ def _read(node: Node) -> Site:
         dropout=given["dropout_p"],
         causal=bool(given["is_causal"]),
         scale=scale,
-        append=_append_of(key, value),
-        layer=_layer_of(node),
+        append=_append_of(key, value, changed),
+        layer=layer,
     )
 
 
-def _append_of(key: Node, value: Node) -> Node | None:
-    """Return the append whose first output is `key` and whose second is `value`."""
+def _append_of(key: Node, value: Node, changed: Mapping[Node, Node]) -> Node | None:
+    """Return the append whose first output is `key` and whose second is `value`.
+
+    None also where its inputs are written in place afterwards: it cannot be moved to the attention then.
+    """
     for place, node in enumerate((key, value)):
         if node.target is not operator.getitem or node.args[1] != place:
             return None
     source = key.args[0]
-    return source if isinstance(source, Node) and source.target is _APPEND and value.args[0] is source else None
+    if not isinstance(source, Node) or source.target is not _APPEND or value.args[0] is not source:
+        return None
+    writers = [changed[row] for row in source.args[:2] if isinstance(row, Node) and row in changed]
+    return None if any(source < writer for writer in writers) else source
 
 
-def _before_repeat(node: Node) -> Node:
-    """Step back over `repeat_kv`: expand and reshape, or repeat_interleave, of the head dimension."""
-    while node.target in _KEEPS:
-        node = node.args[0]  # type: ignore[assignment]
+def _before_repeat(node: Node, changed: Mapping[Node, Node]) -> Node:
+    """Step back over `repeat_kv`: expand and reshape, or repeat_interleave, of the head dimension.
+
+    The node itself where that is something else, or where memory on the way is written in place.
+    """
+    source = _unrepeated(node)
+    step: Any = node
+    while step is not source and step not in changed:
+        step = step.args[0]
+    return node if step in changed else source
+
+
+def _unrepeated(node: Node) -> Any:
+    start = node = _unwrapped(node)
     if str(node.target) == "aten.repeat_interleave.self_int":
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-        return node.args[0] if dim == 1 else node  # type: ignore[return-value]
+        source, rank = node.args[0], node.meta["val"].dim()
+        return _unwrapped(source) if dim in (1, 1 - rank) and isinstance(source, Node) else start
     if str(node.target) not in ("aten.reshape.default", "aten.view.default", "aten._unsafe_view.default"):
-        return node
-    middle = node.args[0]
-    while isinstance(middle, Node) and middle.target in _KEEPS:
-        middle = middle.args[0]
-    if not (isinstance(middle, Node) and str(middle.target) == "aten.expand.default"):
-        return node
-    inner = middle.args[0]
-    while isinstance(inner, Node) and str(inner.target) == "aten.slice.Tensor" and _whole_slice(inner):
-        inner = inner.args[0]
-    if not (isinstance(inner, Node) and str(inner.target) == "aten.unsqueeze.default" and inner.args[1] == 2):
-        return node
-    source = inner.args[0]
-    while isinstance(source, Node) and str(source.target) == "aten.slice.Tensor" and _whole_slice(source):
-        source = source.args[0]
-    if not isinstance(source, Node):
-        return node
+        return start
+    middle = _unwrapped(node.args[0])
+    if str(middle.target) != "aten.expand.default":
+        return start
+    inner = _unwrapped(middle.args[0])
+    if str(inner.target) != "aten.unsqueeze.default" or inner.args[1] not in (2, -3):
+        return start
+    source = _unwrapped(inner.args[0])
     before, spread, after = (part.meta["val"].shape for part in (source, middle, node))
     # [b, heads, n, d] -> [b, heads, times, n, d] -> [b, heads * times, n, d], and nothing else.
     if len(before) != 4 or len(spread) != 5 or len(after) != 4:
-        return node
-    kept = (before[0], before[1], before[2], before[3]) == (spread[0], spread[1], spread[3], spread[4])
-    merged = (after[0], after[1], after[2], after[3]) == (
-        spread[0],
-        spread[1] * spread[2],
-        spread[3],
-        spread[4],
-    )
-    return source if kept and merged else node
+        return start
+    kept = _same(before, (spread[0], spread[1], spread[3], spread[4]))
+    merged = _same(after, (spread[0], spread[1] * spread[2], spread[3], spread[4]))
+    return source if kept and merged else start
+
+
+def _unwrapped(node: Any) -> Any:
+    """Step back over ops that change nothing: copies and slices of everything."""
+    while isinstance(node, Node) and (
+        node.target in _KEEPS or (str(node.target) == "aten.slice.Tensor" and _whole_slice(node))
+    ):
+        node = node.args[0]
+    return node
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Compare shapes without a guard."""
+    return all(bool(statically_known_true(a == b)) for a, b in zip(one, other, strict=True))
 
 
 def _whole_slice(node: Node) -> bool:
@@ -137,11 +190,34 @@ def _whole_slice(node: Node) -> bool:
     return start in (None, 0) and (end is None or end == 2**63 - 1) and step == 1
 
 
-def _layer_of(node: Node) -> int | None:
-    """Read the number of the layer from the path of the module that ran the node."""
+def _layers_of(nodes: Sequence[Node]) -> list[int | None]:
+    """Read the numbers of the layers from the paths of the modules that ran the nodes.
+
+    Of several numbers in a path the layer's is the first that differs between nodes whose paths are alike
+    otherwise: `parts.1.model.layers.0.attn` and `parts.1.model.layers.1.attn`.
+    """
+    paths = [_path_of(node) for node in nodes]
+    alike: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for names, numbers in paths:
+        alike[names].add(numbers)
+    layers: list[int | None] = []
+    for names, numbers in paths:
+        columns = zip(*alike[names], strict=True)
+        place = next((place for place, column in enumerate(columns) if len(set(column)) > 1), 0)
+        layers.append(numbers[place] if numbers else None)
+    return layers
+
+
+def _path_of(node: Node) -> tuple[str, tuple[int, ...]]:
+    """Return the innermost module path that has a number: the path without its numbers, and those."""
     stack = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed([entry for entry in stack.values() if isinstance(entry, tuple)]):
-        numbers = re.findall(r"(?:\.|\[)'?(\d+)'?(?=\.|\]|$)", str(path))
+        # What precedes is the expression for the model itself, such as L['args'][0].
+        inside = re.sub(r"^\w+(\[[^]]*\])+", "", str(path))
+        numbers = re.findall(_NUMBER, inside)
         if numbers:
-            return int(numbers[0])
-    return None
+            return re.sub(_NUMBER, "#", inside), tuple(map(int, numbers))
+    return "", ()
+
+
+_NUMBER = r"(?:\.|\[)'?(\d+)'?(?=\.|\]|$)"

@@ -9,12 +9,14 @@ from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 from torch.fx import GraphModule
 
+from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.profile import Profile
+from hga_compile.configs.routing import Routing
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.passes.decide import Plan, decide
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.mask_values import MaskValues
-from hga_compile.passes.match import find_sites
+from hga_compile.passes.match import find_sites, find_unmatched
 from hga_compile.passes.retrace import retrace
 from hga_compile.passes.rewrite import rewrite
 
@@ -37,7 +39,7 @@ class Rewritten:
     """Time of each pass."""
 
 
-def rewrite_graph(graph: GraphModule, profile: Profile) -> Rewritten:
+def rewrite_graph(graph: GraphModule, profile: Profile, layers: int | None = None) -> Rewritten:
     """Run all passes on a Dynamo graph.
 
     Parameters
@@ -46,6 +48,8 @@ def rewrite_graph(graph: GraphModule, profile: Profile) -> Rewritten:
         As Dynamo hands it to a backend; not changed.
     profile : Profile
         Settings.
+    layers : int or None
+        Layers of the model, where known: the graph may hold a part of it. None: as many as the graph has.
 
     Returns
     -------
@@ -54,6 +58,8 @@ def rewrite_graph(graph: GraphModule, profile: Profile) -> Rewritten:
 
     Raises
     ------
+    ProfileError
+        Settings for a layer that the model does not have.
     StrictError
         `compile.strict` and a site that stays dense for a reason other than the profile's own.
     """
@@ -71,14 +77,19 @@ def rewrite_graph(graph: GraphModule, profile: Profile) -> Rewritten:
     sites = find_sites(new.graph)
     lap("match")
     numbers = [number if site.layer is None else site.layer for number, site in enumerate(sites)]
-    layers = max([len(sites), *(number + 1 for number in numbers)]) if sites else 0
-    values = MaskValues()
+    layers = max(layers or 0, *(number + 1 for number in numbers)) if sites else 0
+    if sites:
+        _check_layers(profile.routing, layers)
+    values = MaskValues(new.graph)
     plans = [
         decide(site, number, layers, profile.routing, values)
         for site, number in zip(sites, numbers, strict=True)
     ]
     lap("decide")
-    decisions = tuple(plan.decision for plan in plans)
+    decisions = tuple(plan.decision for plan in plans) + tuple(
+        Decision(left.node.name, left.layer, left.phase, Reason.NOT_MATCHED)
+        for left in find_unmatched(new.graph, sites)
+    )
     if profile.compile.strict:
         _be_strict(decisions)
     tier = "gpu" if profile.offload.tier == "gpu" else "host"
@@ -106,6 +117,15 @@ def rewrite_graph(graph: GraphModule, profile: Profile) -> Rewritten:
         payload_fn=lambda: new.print_readable(print_output=False),
     )
     return Rewritten(new, decisions, seconds)
+
+
+def _check_layers(routing: Routing, layers: int) -> None:
+    """Refuse settings for layers that the model does not have."""
+    try:
+        routing.is_dense(0, layers)
+        routing.for_layer(0, layers)
+    except ValueError as error:
+        raise ProfileError(str(error)) from None
 
 
 def _changes(plan: Plan) -> bool:

@@ -29,7 +29,9 @@ def retrace(graph: GraphModule) -> GraphModule:
     context = TracingContext.try_get()
     inputs: list[Any] = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
     examples = (node.meta.get("example_value") for node in graph.graph.nodes)
-    fake = next((value.fake_mode for value in examples if isinstance(value, torch._subclasses.FakeTensor)), None)
+    fake = next(
+        (value.fake_mode for value in examples if isinstance(value, torch._subclasses.FakeTensor)), None
+    )
     if fake is None or context is None:
         return make_fx(torch.fx.Interpreter(graph).run, pre_dispatch=True)(*inputs)
     # Two fake modes in one trace are refused; Dynamo's own is the one that its values carry.

@@ -9,7 +9,6 @@ from hga_compile.passes.decide import Plan
 __all__ = ["rewrite"]
 
 
-
 def rewrite(graph: GraphModule, plan: Plan, config: SiteConfig) -> None:
     """Rewrite one site in place.
 

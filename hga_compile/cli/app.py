@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hga_compile import __version__
 from hga_compile.cli import demo, explain, profile, run
 from hga_compile.cli.errors import BAD_INPUT, FAILURE, INTERRUPTED, say_error
 from hga_compile.cli.options import Json
@@ -36,25 +37,15 @@ def root(
     """Handle what is asked of ``hga`` itself."""
     if version:
         if as_json:
-            print_json({"hga_compile": installed_version()})
+            print_json({"hga_compile": __version__})
         else:
-            print(f"hga {installed_version()}")
+            print(f"hga {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(BAD_INPUT)
     if as_json:
         raise typer.BadParameter("--json belongs after the command: hga COMMAND ... --json")
-
-
-def installed_version() -> str:
-    """Version of the installed package, ``unknown`` when it runs without having been installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("hga-compile")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def run_app(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-
-    Forward = Callable[..., Any]
 
 
 @dataclass
@@ -62,8 +59,8 @@ class Pace:
         }
 
 
-def last_token(call: Forward, model: Any) -> Forward:
-    """Forward pass that computes the logits of the last token alone, where the model can do that.
+class Forward:
+    """Forward pass that returns the logits of the last tokens, and computes no others where it can.
 
     Parameters
     ----------
@@ -72,8 +69,17 @@ def last_token(call: Forward, model: Any) -> Forward:
     model
         The uncompiled model, whose signature says what it can do.
     """
-    can = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return functools.partial(call, use_cache=True, **({"logits_to_keep": 1} if can else {}))
+
+    def __init__(self, call: Callable[..., Any], model: Any) -> None:
+        self._call = call
+        self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def __call__(self, ids: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
+        """Read ``[batch, tokens]`` ids and return logits ``[batch, keep, vocabulary]``."""
+        named = {"logits_to_keep": keep} if self._can_keep else {}
+        found = self._call(input_ids=ids, past_key_values=cache, use_cache=True, **named)
+        logits: torch.Tensor = found.logits[:, -keep:]
+        return logits
 
 
 def prefill(
@@ -90,7 +96,7 @@ def prefill(
     Parameters
     ----------
     forward
-        Made by `last_token`.
+        Of the model.
     ids
         Prompt, ``[batch, tokens]`` int64, at least one token.
     cache
@@ -112,10 +118,10 @@ def prefill(
     logits: torch.Tensor | None = None
     for piece in torch.split(ids, step, dim=1):
         with pace.step(piece.shape[1]):
-            logits = forward(input_ids=piece, past_key_values=cache).logits
+            logits = forward(piece, cache)
         advance(piece.shape[1])
     assert logits is not None, "a prompt has at least one token"
-    return logits[:, -1:]
+    return logits
 
 
 def greedy(
@@ -126,7 +132,7 @@ def greedy(
     Parameters
     ----------
     forward
-        Made by `last_token`.
+        Of the model.
     logits
         Logits of the last prompt token, ``[1, 1, vocabulary]``.
     cache
@@ -154,7 +160,7 @@ def greedy(
             return
         with pace.step(1):
             step = torch.tensor([[token]], device=logits.device)
-            logits = forward(input_ids=step, past_key_values=cache).logits
+            logits = forward(step, cache)
             token = int(logits[0, -1].argmax())
 
 

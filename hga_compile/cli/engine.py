@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+if TYPE_CHECKING:
+    import torch
+
+OPENING = 2  # tokens that the uncompiled model reads into a new cache
 PLACES = ("accelerator_kv", "accelerator_index", "host_kv", "nvme_kv")
 
 
 class Engine(Protocol):
     """How a command runs a model and asks what it read."""
 
+    name: str
+    """``dense`` or ``hga``."""
     model: Any
     """The uncompiled model."""
     call: Any
     """What is called: `model` or its compiled form."""
 
-    def new_cache(self) -> Any:
-        """Return an empty cache."""
+    def start(self, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Return a new cache and the tokens that are still to be read.
+
+        Parameters
+        ----------
+        ids
+            Prompt, ``[batch, tokens]`` int64.
+        """
 
     def reset(self) -> None:
-        """Forget what was counted so far."""
+        """Forget what was counted so far; decisions stay."""
 
     def reads(self, phase: str) -> dict[str, Any]:
         """Return the shares of a phase (prefill or decode), none if it did not happen.
@@ -35,7 +47,7 @@ class Engine(Protocol):
         """Return the bytes that a cache holds by place."""
 
     def sites(self) -> dict[str, Any] | None:
-        """Return the number of routed and dense attention sites, and the counted fallbacks."""
+        """Return the numbers of graphs, routed and dense attention sites in them, and the fallbacks."""
 
 
 class Dense:
@@ -47,16 +59,18 @@ class Dense:
         Causal language model of transformers.
     """
 
+    name = "dense"
+
     def __init__(self, model: Any) -> None:
         self.model = self.call = model
         self._cache: Any = None
 
-    def new_cache(self) -> Any:
-        """Return an empty `DynamicCache`."""
+    def start(self, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Return an empty `DynamicCache` and all tokens."""
         from transformers import DynamicCache
 
         self._cache = DynamicCache(config=self.model.config)
-        return self._cache
+        return self._cache, ids
 
     def reset(self) -> None:
         """Do nothing: dense attention reads everything."""
@@ -95,6 +109,8 @@ class Routed:
         Compiler of the rest of the graph, instead of the profile's.
     """
 
+    name = "hga"
+
     def __init__(self, model: Any, profile: Any, inner: str | None = None) -> None:
         import torch
 
@@ -103,17 +119,32 @@ class Routed:
             options["inner"] = inner
         torch.compiler.reset()
         self.model, self.profile = model, profile
-        self.call: Any = torch.compile(model, backend="hga", options=options)
-        self.reset()
+        # One graph for prefill steps of every length, and one for decoding.
+        self.call: Any = torch.compile(model, backend="hga", dynamic=True, options=options)
 
-    def new_cache(self) -> Any:
-        """Return an empty `HGACache`."""
         import hga_compile
 
-        return hga_compile.HGACache(self.model.config, profile=self.profile)
+        hga_compile.reset_report(sites=True)
+
+    def start(self, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Return an `HGACache` that holds the first tokens, and the tokens behind them.
+
+        The call that fills an empty cache would be a graph of its own. So the uncompiled model reads the
+        first tokens, which see only each other.
+        """
+        import torch
+
+        import hga_compile
+
+        cache = hga_compile.HGACache(self.model.config, profile=self.profile)
+        first = min(OPENING, ids.shape[1] - 1)
+        if first:
+            with torch.no_grad():
+                self.model(input_ids=ids[:, :first], past_key_values=cache, use_cache=True)
+        return cache, ids[:, first:]
 
     def reset(self) -> None:
-        """Forget what was counted so far."""
+        """Forget what was counted so far; decisions stay."""
         import hga_compile
 
         hga_compile.reset_report()
@@ -147,12 +178,13 @@ class Routed:
         return {place: int(getattr(held, place)) for place in PLACES}
 
     def sites(self) -> dict[str, Any]:
-        """Return the number of routed and dense attention sites, and the counted fallbacks."""
+        """Return the numbers of graphs, routed and dense attention sites in them, and the fallbacks."""
         import hga_compile
 
         report = hga_compile.report()
         routed = sum(site.routed for site in report.sites)
         return {
+            "graphs": len({site.graph for site in report.sites}),
             "routed": routed,
             "dense": len(report.sites) - routed,
             "fallbacks": dict(report.fallbacks),

@@ -64,9 +64,11 @@ def describe(error: BaseException) -> tuple[int, str]:
     tuple of int and str
     """
     root = _unwrap(error)
-    if isinstance(root, CommandError):
+    if isinstance(root, CommandError) or _is_named(root, "StrictError"):
         return FAILURE, one_line(root)
-    if isinstance(root, BadInputError) or _is_named(root, "ProfileError"):
+    # A ValueError of the backend is about the profile that it was given.
+    refused = root is not error and isinstance(root, ValueError)
+    if refused or isinstance(root, BadInputError) or _is_named(root, "ProfileError"):
         return BAD_INPUT, one_line(root)
     if _is_named(root, "OutOfMemoryError") or isinstance(root, MemoryError):
         return FAILURE, (

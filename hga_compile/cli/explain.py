@@ -76,10 +76,10 @@ def decisions(model: Any, profile: Any, device: torch.device) -> dict[str, Any]:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(32, device=device)[None] % vocabulary
     engine = Routed(model, profile, inner="eager")
-    cache = engine.new_cache()
+    cache, rest = engine.start(ids)
     with torch.no_grad():
-        engine.call(input_ids=ids, past_key_values=cache, use_cache=True)
-        engine.call(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        for piece in (rest, ids[:, :1]):
+            engine.call(input_ids=piece, past_key_values=cache, use_cache=True)
     report = hga_compile.report()
     sites = [
         {

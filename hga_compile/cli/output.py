@@ -75,7 +75,7 @@ def status(label: str) -> Iterator[None]:
 
 
 def quiet_bars() -> None:
-    """Keep the libraries' download bars off a stderr that is no terminal; call it before they are imported."""
+    """Keep the libraries' bars off a stderr that is no terminal; to be called before they are imported."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

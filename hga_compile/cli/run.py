@@ -98,14 +98,15 @@ def generate(
     """
     import torch
 
-    from hga_compile.cli.decode import Pace, greedy, last_token, prefill, stop_tokens
+    from hga_compile.cli.decode import Forward, Pace, greedy, prefill, stop_tokens
 
-    forward, cache = last_token(engine.call, engine.model), engine.new_cache()
+    forward = Forward(engine.call, engine.model)
+    cache, rest = engine.start(ids)
     reading, writing = Pace(str(ids.device)), Pace(str(ids.device))
     tokens: list[int] = []
     with torch.no_grad():
-        with progress("prefill", ids.shape[1]) as advance:
-            logits = prefill(forward, ids, cache, step=step, pace=reading, advance=advance)
+        with progress("prefill", rest.shape[1]) as advance:
+            logits = prefill(forward, rest, cache, step=step, pace=reading, advance=advance)
         stop = stop_tokens(engine.model, tokenizer)
         for token in greedy(forward, logits, cache, limit=limit, stop=stop, pace=writing):
             tokens.append(token)
@@ -118,7 +119,7 @@ def generate(
         "stopped": "length" if len(tokens) == limit else "end of text",
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(tokens),
-        "attention": "dense" if isinstance(engine, Dense) else "hga",
+        "attention": engine.name,
         "prefill": {**reading.to_dict(), **engine.reads("prefill")},
         "decode": {**writing.to_dict(), **engine.reads("decode")},
         "memory": engine.memory(cache),

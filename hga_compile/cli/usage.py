@@ -23,7 +23,10 @@ def summary(result: dict[str, Any]) -> list[str]:
     )
     sites = result["sites"]
     if sites is not None:
-        lines.append(f"sites    {sites['routed']} routed, {sites['dense']} dense (hga explain says why)")
+        lines.append(
+            f"sites    {sites['routed']} routed, {sites['dense']} dense in {sites['graphs']} graphs "
+            "(hga explain says why)"
+        )
         lines.extend(f"fallback {count} x {reason}" for reason, count in sites["fallbacks"].items())
     return lines
 

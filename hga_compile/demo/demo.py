@@ -5,24 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hga_compile.cli.checkpoint import load_model, load_tokenizer
 from hga_compile.cli.engine import Dense, Engine, Routed
 from hga_compile.cli.errors import BadInputError
 from hga_compile.cli.output import progress, status
 from hga_compile.demo.compare import Comparison
-from hga_compile.demo.measure import ANSWER_TOKENS, Parts, Reader, cut
+from hga_compile.demo.measure import ANSWER_TOKENS, Parts, Reader, Score, cut
 from hga_compile.demo.recording import Recording
 from hga_compile.demo.result import Result, Settings, Side
 from hga_compile.demo.text import Document, build_document
 
-if TYPE_CHECKING:
-    import torch
-
 SCORED = 1024  # tokens at the end of the text whose predictions are compared
 Say = Callable[[str], None]
-Score = Callable[["torch.Tensor", "torch.Tensor"], float]
 
 
 def run_demo(settings: Settings, say: Say = lambda _: None) -> Result:
@@ -57,7 +53,7 @@ def run_demo(settings: Settings, say: Say = lambda _: None) -> Result:
     say("hga: compiling")
     compiling = time.perf_counter()
     with status("compiling"):
-        Reader(engine.call, model, tokenizer).warm_up(parts, engine.new_cache())
+        Reader(engine, tokenizer).warm_up(parts)
     compiling = time.perf_counter() - compiling
     engine.reset()
     say("hga: reading the text")
@@ -80,19 +76,15 @@ def run_demo(settings: Settings, say: Say = lambda _: None) -> Result:
 
 
 def _side(engine: Engine, tokenizer: Any, parts: Parts, score: Score, recording: Recording) -> Side:
-    cache = engine.new_cache()
-    reader = Reader(engine.call, engine.model, tokenizer)
+    reader = Reader(engine, tokenizer)
     total = sum(part.shape[1] for part in (parts.body, parts.scored, parts.question))
-    name = "dense" if isinstance(engine, Dense) else "hga"
-    with progress(name, total) as advance, recording.of_prompt():
-        reading = reader.read(
-            parts, cache, score=score, advance=advance, around_question=recording.of_question
-        )
+    with progress(engine.name, total) as advance, recording.of_prompt():
+        reading = reader.read(parts, score=score, advance=advance, around_question=recording.of_question)
     # Dense attention is not counted step by step: it reads the whole cache for every token.
-    steps = 1 if isinstance(engine, Dense) else max(1, len(reading.decode.steps))
+    steps = 1 if engine.name == "dense" else max(1, len(reading.decode.steps))
     return Side(
         reading=reading,
-        memory=engine.memory(cache),
+        memory=engine.memory(reading.cache),
         prefill_reads=engine.reads("prefill"),
         decode_reads=engine.reads("decode"),
         read_per_token=engine.bytes_read("decode") / steps,

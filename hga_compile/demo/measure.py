@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hga_compile.cli.decode import Forward, Pace, greedy, last_token, stop_tokens
+from hga_compile.cli.decode import Forward, Pace, greedy, stop_tokens
+from hga_compile.cli.engine import Engine
 from hga_compile.demo.text import ANSWER, Document
 
 if TYPE_CHECKING:
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 STEP = 1024  # tokens a forward pass of the prefill
 SCORED_STEP = 256  # the logits of so many tokens exist at a time
 ANSWER_TOKENS = 32  # decoded tokens, past the answer's end too: the speed of few tokens is noise
-WARM_UP = (300, 40, 1, 1)  # tokens of the calls that compile the graphs
+WARM_UP = 64  # tokens whose reading compiles the graphs
+# Logits that a prefill step asks for: one would be another graph than the scored steps' many.
+KEEP = 2
+
+Score = Callable[["torch.Tensor", "torch.Tensor"], float]
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Reading:
     """Mean negative log-likelihood of the scored tokens, in nats."""
     prefill: Pace = field(default_factory=Pace)
     decode: Pace = field(default_factory=Pace)
+    cache: Any = None
+    """What holds the K/V."""
     peak_bytes: int | None = None
     """Most accelerator memory allocated during the reading; None without an accelerator."""
 
@@ -74,24 +81,30 @@ class Reader:
 
     Parameters
     ----------
-    call
-        The model as it is called: compiled or not.
-    model
-        The uncompiled model.
+    engine
+        The model, dense or compiled.
     tokenizer
         Its tokenizer.
     """
 
-    def __init__(self, call: Forward, model: Any, tokenizer: Any) -> None:
-        self.call, self.model, self.tokenizer = call, model, tokenizer
-        self.one = last_token(call, model)
+    def __init__(self, engine: Engine, tokenizer: Any) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.forward = Forward(engine.call, engine.model)
+
+    def warm_up(self, parts: Parts) -> None:
+        """Make both kinds of call once on a few tokens, so that no reading is timed with compilation."""
+        import torch
+
+        cache, rest = self.engine.start(parts.body[:, :WARM_UP])
+        with torch.no_grad():
+            self.forward(rest, cache, keep=KEEP)
+            self.forward(rest[:, :1], cache)
 
     def read(
         self,
         parts: Parts,
-        cache: Any,
         *,
-        score: Callable[[torch.Tensor, torch.Tensor], float],
+        score: Score,
         advance: Callable[[int], None] = lambda _: None,
         around_question: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Reading:
@@ -101,8 +114,6 @@ class Reader:
         ----------
         parts
             The document.
-        cache
-            Empty.
         score
             Called with the logits ``[tokens, vocabulary]`` and targets ``[tokens]`` of each scored step, in
             order; returns the sum of the negative log-likelihoods.
@@ -118,64 +129,39 @@ class Reader:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with torch.no_grad():
-            self._body(parts, cache, found, advance)
-            nll = sum(
-                score(logits[0], targets[0]) for logits, targets in self._scored(parts, cache, found, advance)
-            )
+            found.cache, body = self.engine.start(parts.body)
+
+            def step(ids: torch.Tensor, keep: int = KEEP) -> torch.Tensor:
+                with found.prefill.step(ids.shape[1]):
+                    logits = self.forward(ids, found.cache, keep)
+                advance(ids.shape[1])
+                return logits
+
+            for piece in torch.split(body, STEP, dim=1):
+                step(piece)
+            nll = 0.0
+            pieces = torch.split(parts.scored, SCORED_STEP, dim=1)
+            for piece, targets in zip(pieces, torch.split(parts.targets, SCORED_STEP, dim=1), strict=True):
+                nll += score(step(piece, piece.shape[1])[0], targets[0])
             with around_question():
-                with found.prefill.step(parts.question.shape[1]):
-                    logits = self.one(input_ids=parts.question, past_key_values=cache).logits[:, -1:]
-                advance(parts.question.shape[1])
-                tokens = list(
-                    greedy(self.one, logits, cache, limit=ANSWER_TOKENS, stop=frozenset(), pace=found.decode)
+                logits = step(parts.question)[:, -1:]
+                answer = greedy(
+                    self.forward,
+                    logits,
+                    found.cache,
+                    limit=ANSWER_TOKENS,
+                    stop=frozenset(),
+                    pace=found.decode,
                 )
+                found.tokens = list(answer)
         if device.type == "cuda":
             found.peak_bytes = torch.cuda.max_memory_allocated(device)
         found.nll = nll / parts.targets.shape[1]
-        found.tokens = tokens
-        found.text = self._until_stop(tokens)
+        found.text = self._until_stop(found.tokens)
         return found
 
-    def warm_up(self, parts: Parts, cache: Any) -> None:
-        """Make every kind of call once on a few tokens, so that no reading is timed with compilation.
-
-        Parameters
-        ----------
-        parts
-            The document; its first tokens are read.
-        cache
-            Empty; not to be used again.
-        """
-        import torch
-
-        ids = parts.body
-        with torch.no_grad():
-            for tokens in WARM_UP:
-                self.one(input_ids=ids[:, :tokens], past_key_values=cache)
-            self.call(input_ids=ids[:, : WARM_UP[0]], past_key_values=cache, use_cache=True)
-
-    def _body(self, parts: Parts, cache: Any, found: Reading, advance: Callable[[int], None]) -> None:
-        import torch
-
-        for piece in torch.split(parts.body, STEP, dim=1):
-            with found.prefill.step(piece.shape[1]):
-                self.one(input_ids=piece, past_key_values=cache)
-            advance(piece.shape[1])
-
-    def _scored(
-        self, parts: Parts, cache: Any, found: Reading, advance: Callable[[int], None]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        import torch
-
-        pieces = torch.split(parts.scored, SCORED_STEP, dim=1)
-        for piece, targets in zip(pieces, torch.split(parts.targets, SCORED_STEP, dim=1), strict=True):
-            with found.prefill.step(piece.shape[1]):
-                logits = self.call(input_ids=piece, past_key_values=cache, use_cache=True).logits
-            advance(piece.shape[1])
-            yield logits, targets
-
     def _until_stop(self, tokens: list[int]) -> str:
-        stop = stop_tokens(self.model, self.tokenizer)
+        stop = stop_tokens(self.engine.model, self.tokenizer)
         end = next((index for index, token in enumerate(tokens) if token in stop), len(tokens))
         text: str = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         return " ".join(text.split())

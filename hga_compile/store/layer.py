@@ -1,6 +1,7 @@
 """The state of one layer of one cache: its pages and its index."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,12 +12,19 @@ from hga_compile.kernels.routed import routed_attention
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.kernels.states import STATES
 from hga_compile.store.pages import Pages
-from hga_compile.store.recent import Recent
+from hga_compile.store.recent import Recent, check_pair
 
 __all__ = ["LayerStore"]
 
 # Page size of K/V that no routed site has asked for yet.
 _PLAIN_GROUP = 64
+
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def _lasting(method: _F) -> _F:
+    """Run a method outside inference mode: outside of it, tensors made inside cannot be written to."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 class LayerStore:
@@ -40,6 +48,7 @@ class LayerStore:
         self.tier = tier
         self._group_size = _PLAIN_GROUP
 
+    @_lasting
     def put(self, key: Tensor, value: Tensor, length: int) -> None:
         """Store rows as the last ones of `length` tokens; what was stored behind them is forgotten.
 
@@ -63,10 +72,8 @@ class LayerStore:
                 "start with a new cache"
             )
         if begin > self.length or begin < 0:
-            raise RuntimeError(
-                f"K/V rows must follow on what is stored, got rows {begin} to {length} with {self.length} stored; "
-                "the cache and the model's own count of tokens differ"
-            )
+            raise _gap(begin, length, self.length)
+        check_pair(key, value)
         if self.pages is None:
             home = torch.device("cpu") if self.tier == "host" else key.device
             self.batch = batch
@@ -89,6 +96,7 @@ class LayerStore:
         key, value = self.pages.read(0, self.length)
         return key.unflatten(0, (self.batch, -1)), value.unflatten(0, (self.batch, -1))
 
+    @_lasting
     def attend(
         self,
         query: Tensor,
@@ -109,6 +117,7 @@ class LayerStore:
         source = _Joined(pages, key.detach().flatten(0, 1), value.detach().flatten(0, 1), length)
         return routed_attention(query, source, index, length, key_mask, scale, site.routing, site.layer)
 
+    @_lasting
     def attend_window(
         self,
         query: Tensor,
@@ -122,14 +131,28 @@ class LayerStore:
         """Store new rows, attend exactly within the window, forget what no later query can see."""
         batch, heads, new, _ = key.shape
         begin = length - new
+        if query.shape[:3:2] != (batch, new) or query.shape[1] % heads:
+            raise RuntimeError(
+                f"queries must be the new rows' own and their heads a multiple of the KV heads, got "
+                f"{list(query.shape[:3])} queries and {list(key.shape[:3])} K/V rows"
+            )
+        if key_mask is not None and key_mask.shape[1] < length:
+            raise ValueError(
+                f"key_mask must cover every key, got {key_mask.shape[1]} columns and {length} tokens "
+                "(pass the attention_mask of the whole sequence)"
+            )
+        if begin > self.length or begin < 0:
+            raise _gap(begin, length, self.length)
         if self.recent is None:
             # Rows that an honest append stored before become the first window.
-            past = None if self.pages is None else self.pages.read(max(0, self.length - window + 1), self.length)
+            start = max(0, begin - window + 1)
+            past = None if self.pages is None or start == begin else self.pages.read(start, begin)
             self.pages = self.index = None
             self.recent = Recent(window)
+            self.recent.length = start if past is not None else begin
             if past is not None:
                 old_key, old_value = (part.unflatten(0, (batch, heads)) for part in past)
-                self.recent.put(old_key, old_value, self.length)
+                self.recent.put(old_key, old_value, begin)
         self.batch = batch
         keys, values = self.recent.put(key.detach(), value.detach(), length)
         self.length = length
@@ -155,6 +178,7 @@ class LayerStore:
             if self.index is not None:
                 self.index.truncate(length)
 
+    @_lasting
     def select_batch(self, index: Tensor) -> None:
         """Replace the sequences of the batch by those of `index` (int64): reorder, repeat, select."""
         if self.recent is not None:
@@ -163,12 +187,13 @@ class LayerStore:
             return
         index = index.to("cpu")
         heads = self.pages.rows // self.batch
-        rows = (index[:, None] * heads + torch.arange(heads)).flatten()
+        rows = (index[:, None] * heads + torch.arange(heads, device="cpu")).flatten()
         self.pages.select_rows(rows)
         if self.index is not None:
             self.index.select_rows(rows)
         self.batch = len(index)
 
+    @_lasting
     def clone(self) -> "LayerStore":
         """Return an independent copy; its index is made anew when it is needed."""
         other = LayerStore(self.tier)
@@ -206,8 +231,17 @@ class LayerStore:
         expected = (self.batch, pages.rows, pages.dim, pages.v_dim, pages.dtype, pages.compute)
         if got != expected:
             names = ("batch", "batch * KV heads", "key channels", "value channels", "dtype", "device")
-            wrong = [f"{n} {g} (expected {e})" for n, g, e in zip(names, got, expected, strict=True) if g != e]
+            wrong = [
+                f"{n} {g} (expected {e})" for n, g, e in zip(names, got, expected, strict=True) if g != e
+            ]
             raise RuntimeError(f"K/V rows must match what is stored, got {', '.join(wrong)}")
+
+
+def _gap(begin: int, length: int, stored: int) -> RuntimeError:
+    return RuntimeError(
+        f"K/V rows must follow on what is stored, got rows {begin} to {length} with {stored} stored; "
+        "the cache and the model's own count of tokens differ"
+    )
 
 
 class _Joined:

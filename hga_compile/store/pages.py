@@ -1,5 +1,7 @@
 """Token K/V of one layer in pages: one page holds a group of tokens of all rows, K and V together."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -52,30 +54,22 @@ class Pages:
 
     def write(self, key: Tensor, value: Tensor, begin: int) -> None:
         """Store ``[rows, n, dim]`` keys and values as tokens ``begin, begin + 1, ...``."""
-        tokens, size = key.shape[1], self.group_size
-        self.reserve(begin + tokens)
-        head = min(tokens, -begin % size)
-        whole = (tokens - head) // size * size
-        for start, stop in ((0, head), (head, head + whole), (head + whole, tokens)):
-            if start == stop:
-                continue
-            first, offset = divmod(begin + start, size)
-            groups = -(-(stop - start) // size)
-            keys, values = self._views(first, first + groups)
-            last = offset + (stop - start) // groups
-            for view, rows in ((keys, key), (values, value)):
+        self.reserve(begin + key.shape[1])
+        for groups, inside, tokens in self._runs(begin, begin + key.shape[1]):
+            for view, rows in zip(self._views(groups), (key, value), strict=True):
                 # [rows, n, dim] -> [groups, rows, tokens of a group, dim]
-                view[:, :, offset:last].copy_(rows[:, start:stop].unflatten(1, (groups, -1)).transpose(0, 1))
+                run = rows[:, tokens].unflatten(1, (groups.stop - groups.start, -1))
+                view[:, :, inside].copy_(run.transpose(0, 1))
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return keys ``[rows, end - begin, dim]`` and values, contiguous, on the compute device."""
-        first, last = begin // self.group_size, -(-end // self.group_size)
-        skip = begin - first * self.group_size
-        parts = []
-        for view in self._views(first, last):
-            tokens = view.transpose(0, 1).flatten(1, 2)[:, skip : skip + end - begin]
-            parts.append(tokens.contiguous().to(self.compute))
-        return parts[0], parts[1]
+        """Return copies of keys ``[rows, end - begin, dim]`` and values, contiguous, on the compute device."""
+        key = torch.empty(self.rows, end - begin, self.dim, dtype=self.dtype, device=self.compute)
+        value = torch.empty(self.rows, end - begin, self.v_dim, dtype=self.dtype, device=self.compute)
+        for groups, inside, tokens in self._runs(begin, end):
+            for view, rows in zip(self._views(groups), (key, value), strict=True):
+                run = rows[:, tokens].unflatten(1, (groups.stop - groups.start, -1))
+                run.copy_(view[:, :, inside].transpose(0, 1))
+        return key, value
 
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         """Return keys ``[rows, n * group_size, dim]`` and values of the ``[rows, n]`` groups."""
@@ -109,9 +103,7 @@ class Pages:
 
     def clone(self) -> "Pages":
         """Return an independent copy."""
-        pages = Pages(
-            self.rows, self.dim, self.v_dim, self.group_size, self.dtype, self.compute, self.home
-        )
+        pages = Pages(self.rows, self.dim, self.v_dim, self.group_size, self.dtype, self.compute, self.home)
         pages.buffer = self._pinned(self.buffer.clone())
         return pages
 
@@ -119,10 +111,25 @@ class Pages:
         """Return the bytes allocated."""
         return self.buffer.nbytes
 
-    def _views(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def _runs(self, begin: int, end: int) -> Iterator[tuple[slice, slice, slice]]:
+        """Cut ``begin <= token < end`` into part of a group, whole groups, and part of a group.
+
+        Yields the groups, the tokens inside each of them, and the tokens counted from `begin`.
+        """
+        size = self.group_size
+        head = min(end, begin + -begin % size)
+        body = head + (end - head) // size * size
+        for start, stop in ((begin, head), (head, body), (body, end)):
+            if start < stop:
+                first, offset = divmod(start, size)
+                last = -(-stop // size)
+                inside = slice(offset, offset + (stop - start) // (last - first))
+                yield slice(first, last), inside, slice(start - begin, stop - begin)
+
+    def _views(self, groups: slice) -> tuple[Tensor, Tensor]:
         """K and V of groups as ``[groups, rows, group_size, dim]``."""
         split = self.group_size * self.dim
-        pages = self.buffer[first:last]
+        pages = self.buffer[groups]
         return (
             pages[..., :split].unflatten(-1, (self.group_size, self.dim)),
             pages[..., split:].unflatten(-1, (self.group_size, self.v_dim)),

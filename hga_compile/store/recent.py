@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-__all__ = ["Recent"]
+__all__ = ["Recent", "check_pair"]
 
-# Newest tokens that can be run again or taken back although the window has moved on.
+# Newest tokens of a first step that can be taken back although the window has moved on.
 _SLACK = 16
 
 
@@ -45,17 +45,20 @@ class Recent:
             Rows that leave a gap, or that need tokens already forgotten.
         """
         begin = length - key.shape[2]
-        if begin > self.length:
+        if begin > self.length or begin < 0:
             raise RuntimeError(
                 f"K/V rows must follow on what is stored, got rows from {begin} on with {self.length} seen"
             )
+        check_pair(key, value)
+        self._check(key, value)
         self.truncate(begin)
         if self.key is None or self.value is None:
             joined_key, joined_value = key, value
         else:
             joined_key = torch.cat([self.key, key], 2)
             joined_value = torch.cat([self.value, value], 2)
-        keep = self.window - 1 + min(key.shape[2], _SLACK)
+        # Rows that may be run again need what they reached; at the start of a sequence that is nothing.
+        keep = self.window - 1 + (key.shape[2] if begin else min(key.shape[2], _SLACK))
         self.length = length
         # Cloned: the operands' memory is the graph's, and a view would hold all of a long prefill.
         self.key, self.value = joined_key[:, :, -keep:].clone(), joined_value[:, :, -keep:].clone()
@@ -101,3 +104,29 @@ class Recent:
     def nbytes(self) -> int:
         """Return the bytes that the rows in reach take."""
         return sum(part.nbytes for part in (self.key, self.value) if part is not None)
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        for name, kept, new in (("keys", self.key, key), ("values", self.value, value)):
+            if kept is None:
+                continue
+            # Joining tensors would promote another dtype without a word.
+            got, expected = (
+                (list(part.shape[:2]), part.shape[3], part.dtype, part.device) for part in (new, kept)
+            )
+            if got != expected:
+                raise RuntimeError(f"{name} must match what is stored, got {got}, expected {expected}")
+
+
+def check_pair(key: Tensor, value: Tensor) -> None:
+    """Refuse new keys and values that do not belong together.
+
+    Raises
+    ------
+    RuntimeError
+        Values of another batch, number of heads or tokens, dtype or device than the keys.
+    """
+    got, expected = ((list(part.shape[:3]), part.dtype, part.device) for part in (value, key))
+    if got != expected:
+        raise RuntimeError(
+            f"values must match their keys in batch, heads, tokens, dtype and device, got {got}, expected {expected}"
+        )
