@@ -1,4 +1,4 @@
-"""Run pretrained long-context transformers with Hierarchical Global Attention: `torch.compile(m, backend="hga")`."""
+"""Hierarchical Global Attention for pretrained transformers: `torch.compile(model, backend="hga")`."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any

@@ -84,8 +84,8 @@ def _finish(decisions: list[Decision], profile: Profile) -> None:
     note_graph(decisions)
     if profile.compile.strict and decisions:
         raise StrictError(
-            f"{len(decisions)} attention sites stay dense: {decisions[0].reason.value} ({decisions[0].detail}); "
-            "turn compile.strict off to allow it"
+            f"{len(decisions)} attention sites stay dense: {decisions[0].reason.value} "
+            f"({decisions[0].detail}); turn compile.strict off to allow it"
         )
 
 
@@ -101,10 +101,10 @@ def _inner(
         patches = list_mode_options(mode) if mode not in (None, "default") else {}
         # Handles are CPU tensors, which Inductor's own CUDA graphs refuse graph by graph.
         patches.pop("triton.cudagraphs", None)
-        return compile_fx(graph, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+        return compile_fx(graph, list(example_inputs), config_patches=patches)  # type: ignore[return-value] # the other kinds are for export
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(inner)(graph, list(example_inputs))  # type: ignore[no-any-return]
+    return lookup_backend(inner)(graph, list(example_inputs))
 
 
 def _check_offload(profile: Profile) -> None:
@@ -129,9 +129,10 @@ def _needs_grad(graph: GraphModule) -> bool:
 
 
 def _dense_sites(graph: GraphModule, reason: Reason, detail: str) -> list[Decision]:
-    """Name the attention sites of a graph that was not retraced; the graph itself where none is recognised."""
+    """Name the attention sites of a graph that was not retraced, or the graph itself if none is known."""
     attention = (torch.nn.functional.scaled_dot_product_attention, torch.ops.higher_order.flex_attention)
-    names = [node.name for node in graph.graph.nodes if node.op == "call_function" and node.target in attention]
+    calls = (node for node in graph.graph.nodes if node.op == "call_function")
+    names = [node.name for node in calls if node.target in attention]
     if reason is Reason.RETRACE_FAILED and not names:
         names = ["graph"]
     return [Decision(name, None, "any", reason, detail) for name in names]
@@ -140,7 +141,8 @@ def _dense_sites(graph: GraphModule, reason: Reason, detail: str) -> list[Decisi
 def _warn_static(decisions: Sequence[Decision]) -> None:
     if any(d.reason is Reason.SINGLE_QUERY and d.detail == "a static cache" for d in decisions):
         warnings.warn(
-            'backend "hga" got a static cache, whose attention stays dense. Write model.compile(backend="hga") and '
-            "generate() without cache_implementation, or pass past_key_values=HGACache(model.config)",
+            'backend "hga" got a static cache, whose attention stays dense. Write '
+            'model.compile(backend="hga") and generate() without cache_implementation, or pass '
+            "past_key_values=HGACache(model.config)",
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
 """Cache layers for transformers whose K/V live in an hga store, reached through a handle in the graph."""
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,12 +20,16 @@ __all__ = ["CacheMemory", "HGACache", "HGALayer", "HGASlidingLayer", "cache_memo
 class _Stored:
     """What both kinds of layer share: a handle to a store once there is one, the stock layer until then.
 
-    A layer opens its store when a graph of backend "hga" first updates it, or from the start in an `HGACache`.
-    Until then it is the stock layer, so that models which are not compiled with hga see no difference.
+    A layer opens its store when a graph of backend "hga" first updates it, or from the start in an
+    `HGACache`. Until then it is the stock layer, so that models not compiled with hga see no difference.
     """
 
     stored = False
+    dtype: torch.dtype
+    device: torch.device
     """Whether the layer opens its store on the first update, compiled or not."""
+    tier: Literal["gpu", "host"] | None = None
+    """Where a store that is opened by code that is not compiled keeps its rows; None: with the K/V."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.handle: Tensor | None = None
@@ -73,6 +77,9 @@ class _Stored:
             self._to_plain()
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
         self.seen = self.seen + key_states.shape[-2]
+        if value_states.dtype != key_states.dtype:
+            # Under autocast rotated keys are float32, and values are not; a store has one dtype.
+            value_states = value_states.to(key_states.dtype)
         return torch.ops.hga.append(key_states, value_states, self.handle, self.seen)
 
     def get_seq_length(self) -> int:
@@ -82,7 +89,7 @@ class _Stored:
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset of the keys that a mask must cover."""
         if self.handle is None and not (self.stored or (torch.compiler.is_compiling() and traced_for_hga())):
-            return super().get_mask_sizes(query_length)  # type: ignore[misc]
+            return super().get_mask_sizes(query_length)  # type: ignore[misc,no-any-return]
         return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
@@ -182,6 +189,8 @@ class _Stored:
         self.seen = self.get_seq_length()
         self.handle = torch.ops.hga.open(keys, values)
         self._plain_keys = self._plain_values = None
+        if self.tier is not None and not torch.compiler.is_compiling():
+            self._state().tier = self.tier
 
     def _read(self) -> tuple[Tensor, Tensor]:
         batch, heads, dim, value_dim = self.sizes
@@ -229,7 +238,12 @@ class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add rows and return what attention reads: all K and V, or as the stock layer."""
         self._leave_window()
-        return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.handle is None and torch.compiler.is_compiling() and traced_for_hga():
+            # Gradients are needed: the mask covers the whole sequence, the stock layer's rows do not.
+            missing = self.cumulative_length - keys.shape[-2]
+            keys, values = (torch.nn.functional.pad(part, (0, 0, missing, 0)) for part in (keys, values))
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset of the keys that a mask must cover."""
@@ -241,7 +255,7 @@ class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
         return state if self.handle is None else state | {"cumulative_length": self.seen}
 
     def _leave_window(self) -> None:
-        """Go on as the stock layer where nothing is compiled: a store of the window cannot return all K and V."""
+        """Go on as the stock layer outside of compiled code: a store of a window cannot return all K, V."""
         if self.handle is not None and not torch.compiler.is_compiling() and self._state().recent is not None:
             self._to_plain()
 
@@ -262,10 +276,8 @@ class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
             parts = super()._read()
         elif recent.key is None or recent.value is None:
             batch, heads, dim, value_dim = self.sizes
-            parts = tuple(
-                torch.empty(batch, heads, 0, channels, dtype=self.dtype, device=self.device)
-                for channels in (dim, value_dim)
-            )
+            empty = torch.empty(batch, heads, 0, dim, dtype=self.dtype, device=self.device)
+            parts = empty, empty.new_empty(batch, heads, 0, value_dim)
         else:
             parts = recent.key, recent.value
         first = max(0, parts[0].shape[-2] - self.sliding_window + 1)
@@ -308,6 +320,7 @@ class HGACache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, _Stored):
                 layer.stored = True
+                layer.tier = "gpu" if self.profile.offload.tier == "gpu" else "host"
 
     @property
     def is_compileable(self) -> bool:

@@ -1,7 +1,7 @@
 """The changes to torch and transformers that make one line enough; all of them, and how to take them back.
 
-1. `DYNAMIC_LAYER_TYPE_MAPPING`: dynamic caches are made of hga's layers, which are the stock ones until a graph
-   of backend "hga" updates them.
+1. `DYNAMIC_LAYER_TYPE_MAPPING`: dynamic caches are made of hga's layers, which are the stock ones until a
+   graph of backend "hga" updates them.
 2. `OptimizedModule.generate`: with `torch.compile(model, backend="hga")`, generation calls the compiled model
    (plain torch hands `generate` to the module inside, which then runs uncompiled).
 """
@@ -30,7 +30,7 @@ def install_hooks() -> None:
         _stock[kind] = mapping.get(kind, _ABSENT)
         mapping[kind] = layer
     _stock["generate"] = OptimizedModule.__dict__.get("generate", _ABSENT)
-    OptimizedModule.generate = property(_generate_of)
+    type.__setattr__(OptimizedModule, "generate", property(_generate_of))
 
 
 def remove_hooks() -> None:
@@ -46,9 +46,9 @@ def remove_hooks() -> None:
             mapping[kind] = before
     before = _stock.pop("generate")
     if before is _ABSENT:
-        del OptimizedModule.generate
+        type.__delattr__(OptimizedModule, "generate")
     else:
-        OptimizedModule.generate = before
+        type.__setattr__(OptimizedModule, "generate", before)
 
 
 def _generate_of(compiled: Any) -> Callable[..., Any]:

@@ -98,10 +98,11 @@ class Report:
         for phase in ("prefill", "decode"):
             total = self.totals(phase)
             if total.calls:
+                dense = max(total.dense_bytes, 1)
                 lines.append(
-                    f"{phase}: {total.queries} queries x layers attended to {total.attended_fraction:.2%} of what "
-                    f"they see; read {total.kv_bytes / max(total.dense_bytes, 1):.2%} of the K/V bytes and "
-                    f"{total.summary_bytes / max(total.dense_bytes, 1):.2%} in summaries"
+                    f"{phase}: {total.queries} queries x layers attended to {total.attended_fraction:.2%} of "
+                    f"what they see; read {total.kv_bytes / dense:.2%} of the K/V bytes and "
+                    f"{total.summary_bytes / dense:.2%} in summaries"
                 )
         lines += [f"fallback: {reason}: {count}" for reason, count in self.fallbacks.items()]
         return "\n".join(lines)
@@ -190,9 +191,8 @@ def _layer_use(layer: int, phase: str, use: Use) -> LayerUse:
 
 
 def _sum(uses: list[LayerUse], phase: str) -> LayerUse:
-    fields = ("calls", "queries", "attended", "visible", "kv_bytes", "summary_bytes", "dense_bytes")
-    fields += ("hits", "misses")
-    return LayerUse(-1, phase, **{name: sum(getattr(use, name) for use in uses) for name in fields})
+    counted = [name for name in LayerUse.__dataclass_fields__ if name not in ("layer", "phase")]
+    return LayerUse(-1, phase, **{name: sum(getattr(use, name) for use in uses) for name in counted})
 
 
 def _merged(sites: tuple[SiteReport, ...]) -> list[tuple[int, str, str, str]]:
@@ -207,7 +207,7 @@ def _merged(sites: tuple[SiteReport, ...]) -> list[tuple[int, str, str, str]]:
         if run and not same:
             first, last = run[0], run[-1]
             layers = "-" if first.layer is None else str(first.layer)
-            if last is not first:
+            if last is not first and first.layer is not None:
                 layers += f"-{last.layer}"
             why = first.reason + (f" ({first.detail})" if first.detail else "")
             lines.append((first.graph, layers, first.phase, why))

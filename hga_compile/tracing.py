@@ -7,13 +7,13 @@ import torch
 __all__ = ["model_layers", "traced_for_hga"]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # torch's own
 def traced_for_hga() -> bool:
     """Say whether the graph being traced goes to backend "hga".
 
     Dynamo runs this at trace time and takes the answer as a constant. Where something else traces, such as
-    `torch.export`, the answer is False. Where a torch version hides the backend's name it is True: the layer's
-    ops then give any backend correct, dense results.
+    `torch.export`, the answer is False. Where a torch version hides the backend's name it is True: the
+    layer's ops then give any backend correct, dense results.
     """
     tx = _tracer()
     if tx is None:
@@ -48,7 +48,8 @@ def model_layers() -> int | None:
     found = []
     for value in getattr(getattr(tx, "output", None), "local_scope", {}).values():
         config = getattr(value, "config", None) if isinstance(value, torch.nn.Module) else None
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        to_text = getattr(config, "get_text_config", None)
+        text = config if to_text is None else to_text()
         layers = getattr(text, "num_hidden_layers", None)
         found += [layers] if isinstance(layers, int) else []
     return max(found, default=None)

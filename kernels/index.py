@@ -46,7 +46,7 @@ class LayerIndex:
         """``[rows]`` bool: rows that had all keys of their centre; None: all of them."""
 
     def note_queries(self, query: Tensor, first: int, key_mask: Tensor | None) -> None:
-        """Add to the mean query that the tail is expanded about: that of the first `centre_tokens` queries seen.
+        """Add to the mean query that the tail is expanded about: of the first `centre_tokens` queries.
 
         Parameters
         ----------

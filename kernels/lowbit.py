@@ -17,8 +17,8 @@ __all__ = ["LowBitSummary", "decode_keys", "encode_keys"]
 # Queries times heads up to which a CPU scan runs in int8.
 _FEW = 16
 
-# Step between levels, in standard deviations, that rounds a normal variable with the least square error (J. Max,
-# Quantizing for minimum distortion, 1960). A rotated key's channels are close to normal; the scale is refitted.
+# Step between levels, in standard deviations, that rounds a normal variable with the least square error
+# (J. Max, Quantizing for minimum distortion, 1960). A rotated key is close to normal; its scale is refitted.
 _STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 
 

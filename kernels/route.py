@@ -67,7 +67,7 @@ def merge_votes(scores: Tensor, seen: Tensor | None, vote: str, certain: int = 0
 
 
 def _sum_members(mass: Tensor) -> Tensor:
-    """Sum over the last dimension, pairwise: torch's reduction of so short a dimension is three times slower."""
+    """Sum over the last dimension, pairwise: torch's reduction of so few takes three times as long."""
     while mass.shape[-1] > 1 and mass.shape[-1] % 2 == 0:
         mass = mass[..., ::2] + mass[..., 1::2]
     return mass.sum(-1) if mass.shape[-1] > 1 else mass[..., 0]

@@ -133,7 +133,7 @@ def routed_attention(
     Raises
     ------
     ValueError
-        Query heads that are no multiple of the KV heads, more queries than tokens, or a mask of another shape.
+        Query heads that are no multiple of the KV heads, more queries than tokens, a mask that does not fit.
     """
     batch, query_heads, queries, dim = query.shape
     kv_heads = kv.rows // batch
@@ -145,7 +145,7 @@ def routed_attention(
     if queries > length:
         raise ValueError(f"queries must be the last of the tokens, got {queries} queries and {length} tokens")
     if key_mask is not None and key_mask.shape[0] not in (1, batch):
-        raise ValueError(f"key_mask must have a row a sequence, got {key_mask.shape[0]} rows, expected {batch}")
+        raise ValueError(f"key_mask must have a row a sequence, got {key_mask.shape[0]}, expected {batch}")
     grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, queries, dim)
     scaled = (query.float() * scale).reshape(kv.rows, -1, queries, dim)
     padding = Padding.of(key_mask, length)
@@ -192,7 +192,8 @@ def _visible_groups(call: _Call) -> Tensor:
         token = token.masked_fill(~call.padding.host, length)
     token = torch.nn.functional.pad(token, (0, -length % group), value=length)
     first = token.unflatten(-1, (-1, group)).amin(-1).repeat_interleave(call.kv.rows // len(token), 0)
-    return first[:, None] <= torch.arange(call.first, length, device="cpu")[:, None]
+    begun: Tensor = first[:, None] <= torch.arange(call.first, length, device="cpu")[:, None]
+    return begun
 
 
 def _decode(call: _Call) -> Tensor:

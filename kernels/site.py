@@ -45,7 +45,7 @@ class SiteConfig:
         fields = json.loads(text)
         if fields["version"] != _VERSION:
             raise ValueError(
-                f"the graph was compiled by another version of hga-compile (site version {fields['version']}, "
+                f"the graph was compiled by another version of hga-compile (site {fields['version']}, "
                 f"expected {_VERSION}); clear the compile cache"
             )
         routing = Routing.model_validate_json(json.dumps(fields["routing"]))

@@ -1,14 +1,15 @@
 """Handles: how a compiled graph names the K/V of a layer.
 
 A handle is a one-element int64 CPU tensor made by `hga::open`. It is an operand of every op that touches the
-layer's K/V, and listed as mutated, so that the compiler keeps those ops and their order. The number in it leads
-to the layer's state here.
+layer's K/V, and listed as mutated, so that the compiler keeps those ops and their order. The number in it
+leads to the layer's state here.
 """
 
 import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -108,10 +109,11 @@ class States:
         return len(self._states)
 
     def _collect(self) -> None:
-        while self._closed:
-            handle = self._closed.popleft()
-            with self._lock:
-                self._states.pop(int(handle), None)
+        with suppress(IndexError):  # another thread may take the last one
+            while self._closed:
+                handle = self._closed.popleft()
+                with self._lock:
+                    self._states.pop(int(handle), None)
 
 
 STATES = States()

@@ -11,10 +11,10 @@ from hga_compile.configs.routing import Routing
 __all__ = ["Scorer", "Summary", "make_summary", "register_summary"]
 
 Scorer = Callable[[Tensor, int], Tensor]
-"""Maps queries ``[rows, heads, queries, dim]`` (float32, softmax scale applied) and a number of groups to scores
-``[rows, heads, queries, groups, members]`` of the first groups. A group's score is the log-sum-exp over its
-members (its low-bit keys, or its one mean): an estimate of that of its keys, up to a constant per query. The
-caller may overwrite the result."""
+"""Maps queries ``[rows, heads, queries, dim]`` (float32, softmax scale applied) and a number of groups to
+scores ``[rows, heads, queries, groups, members]`` of the first groups. A group's score is the log-sum-exp
+over its members (its low-bit keys, or its one mean): an estimate of that of its keys, up to a constant per
+query. The caller may overwrite the result."""
 
 
 class Summary(Protocol):
@@ -73,7 +73,7 @@ def make_summary(routing: Routing, centre: Tensor) -> Summary:
     """
     if routing.summary not in _KINDS:
         raise ValueError(
-            f"unknown summary kind, got {routing.summary!r}, expected one of {sorted(_KINDS)} (routing.summary)"
+            f"unknown summary kind {routing.summary!r}, expected one of {sorted(_KINDS)} (routing.summary)"
         )
     return _KINDS[routing.summary](routing, centre)
 

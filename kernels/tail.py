@@ -1,11 +1,11 @@
 r"""Tail estimate: what the tokens outside the routed set would add, from per-chunk summaries.
 
-A plain mean (n tokens at the mean key with the mean value) ruins the result, since a chunk's mass often sits on
+A plain mean (n tokens at the mean key with the mean value) ruins the result: a chunk's mass often sits on
 tokens with tiny values. The log-sum-exp of a chunk is therefore expanded about the head's mean query ``m``
 instead of about 0: with ``a = log sum_j exp(m.k_j)``, ``w_j = exp(m.k_j - a)``, ``kt = sum_j w_j k_j`` and
-``vt = sum_j w_j v_j``, a chunk adds mass ``exp(a + (q - m).kt)`` with value ``vt``. That is the same as giving
-token ``j`` the score ``m.k_j + (q - m).kt`` of its chunk, so routed tokens are taken out of their chunk's
-estimate exactly. Only complete chunks count; the rest of the tail is dropped.
+``vt = sum_j w_j v_j``, a chunk adds mass ``exp(a + (q - m).kt)`` with value ``vt``. That is the same as
+giving token ``j`` the score ``m.k_j + (q - m).kt`` of its chunk, so routed tokens are taken out of their
+chunk's estimate exactly. Only complete chunks count; the rest of the tail is dropped.
 """
 
 import torch

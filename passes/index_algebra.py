@@ -10,11 +10,10 @@ from typing import Any
 
 import sympy
 import torch
+from sympy import Expr
 from torch.fx import Node
 
 __all__ = ["Affine", "AtMost", "Fact", "Lookup", "Truth", "Value", "expression", "is_zero"]
-
-Expr = sympy.Expr
 
 
 @dataclass(frozen=True)

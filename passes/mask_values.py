@@ -66,7 +66,14 @@ class MaskValues:
     def _checked(self, node: Node) -> Value:
         if node in self._changed:
             raise NotUnderstood(f"{node}, whose memory is written in place")
-        found, shape = self._work_out(node), _shape(node)
+        shape = _shape(node)
+        try:
+            found = self._work_out(node)
+        except NotUnderstood:
+            # A comparison of a table with a number, say, is a table again.
+            if len(shape) != 2 or node.meta["val"].dtype not in _SOURCE_TYPES:
+                raise
+            found = _table(node)
         if isinstance(found, Affine) and node.meta["val"].dtype not in _EXACT_TYPES:
             raise NotUnderstood(f"positions as {node.meta['val'].dtype}, which may wrap")
         # The index of a dimension of size 1 is 0: stated, since broadcasting repeats it for other indices.
@@ -86,8 +93,7 @@ class MaskValues:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype in _SOURCE_TYPES:
             # Whatever made it, it is a table that later ops look up.
-            rank = value.dim()
-            return Lookup(node, tuple(_axis(rank, dim) for dim in range(rank)))
+            return _table(node)
         raise NotUnderstood(f"{node.op} {node.target}")
 
     def integers(self, value: Any, what: str) -> Affine:
@@ -113,6 +119,11 @@ class MaskValues:
 _SOURCE_TYPES = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8)
 # Positions fit into these; of bool tensors only those that are False everywhere are numbers here.
 _EXACT_TYPES = (torch.bool, torch.int64, torch.int32)
+
+
+def _table(node: Node) -> Lookup:
+    rank = len(_shape(node))
+    return Lookup(node, tuple(_axis(rank, dim) for dim in range(rank)))
 
 
 def _axis(rank: int, dim: int) -> Affine:
@@ -285,8 +296,7 @@ def _same(values: MaskValues, node: Node) -> Value:
     if before not in _SOURCE_TYPES or after not in _SOURCE_TYPES:
         # A float tensor made bool or int is a table of its own.
         if after in _SOURCE_TYPES:
-            rank = len(_shape(node))
-            return Lookup(node, tuple(_axis(rank, dim) for dim in range(rank)))
+            return _table(node)
         raise NotUnderstood(f"conversion to {after}")
     if after is before or before is torch.bool:
         return values.of(source)
@@ -295,8 +305,7 @@ def _same(values: MaskValues, node: Node) -> Value:
         raise NotUnderstood("positions as truth values")
     # Narrowing an integer table could wrap; as a truth value it is looked up itself.
     if isinstance(found, Lookup) and after is not torch.bool and after is not torch.int64:
-        rank = len(_shape(node))
-        return Lookup(node, tuple(_axis(rank, dim) for dim in range(rank)))
+        return _table(node)
     return found
 
 

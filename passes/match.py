@@ -81,9 +81,7 @@ def find_sites(graph: Graph) -> list[Site]:
 def find_unmatched(graph: Graph, sites: Sequence[Site]) -> list[Unmatched]:
     """Return the appends that belong to none of the sites, in the order in which the graph runs."""
     matched = {site.append for site in sites}
-    nodes = [
-        node for node in graph.find_nodes(op="call_function", target=_APPEND) if node not in matched
-    ]
+    nodes = [node for node in graph.find_nodes(op="call_function", target=_APPEND) if node not in matched]
     return [Unmatched(node, layer) for node, layer in zip(nodes, _layers_of(nodes), strict=True)]
 
 
@@ -187,7 +185,7 @@ def _whole_slice(node: Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and (end is None or end == 2**63 - 1) and step == 1
+    return start in (None, 0) and end in (None, 2**63 - 1) and step == 1
 
 
 def _layers_of(nodes: Sequence[Node]) -> list[int | None]:

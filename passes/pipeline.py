@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from torch._dynamo.utils import counters
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
 from hga_compile.configs.errors import ProfileError

@@ -7,7 +7,11 @@ from torch._guards import TracingContext
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["retrace"]
+__all__ = ["RetraceError", "retrace"]
+
+
+class RetraceError(RuntimeError):
+    """The traced graph would not run."""
 
 
 def retrace(graph: GraphModule) -> GraphModule:
@@ -25,6 +29,11 @@ def retrace(graph: GraphModule) -> GraphModule:
     -------
     GraphModule
         With the same inputs and outputs.
+
+    Raises
+    ------
+    RetraceError
+        A graph with code that only exists while it is traced, such as the inside of a `vmap`.
     """
     context = TracingContext.try_get()
     inputs: list[Any] = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -33,7 +42,7 @@ def retrace(graph: GraphModule) -> GraphModule:
         (value.fake_mode for value in examples if isinstance(value, torch._subclasses.FakeTensor)), None
     )
     if fake is None or context is None:
-        return make_fx(torch.fx.Interpreter(graph).run, pre_dispatch=True)(*inputs)
+        return _sound(make_fx(torch.fx.Interpreter(graph).run, pre_dispatch=True)(*inputs))
     # Two fake modes in one trace are refused; Dynamo's own is the one that its values carry.
     previous, context.fake_mode = context.fake_mode, fake
     try:
@@ -44,6 +53,18 @@ def retrace(graph: GraphModule) -> GraphModule:
                 pre_dispatch=True,
                 _allow_non_fake_inputs=True,
             )
-            return tracer(*inputs)
+            return _sound(tracer(*inputs))
     finally:
         context.fake_mode = previous
+
+
+def _sound(graph: GraphModule) -> GraphModule:
+    """Refuse a graph that holds tensors of a transform or of tracing as constants."""
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value = getattr(graph, str(node.target), None)
+        if not isinstance(value, torch.Tensor):
+            continue
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+        if wrapped or isinstance(value, torch._subclasses.FakeTensor):
+            raise RetraceError(f"{node.target} is a tensor of {'vmap' if wrapped else 'tracing'}")
+    return graph

@@ -77,7 +77,11 @@ class Forward:
     def __call__(self, ids: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
         """Read ``[batch, tokens]`` ids and return logits ``[batch, keep, vocabulary]``."""
         named = {"logits_to_keep": keep} if self._can_keep else {}
-        found = self._call(input_ids=ids, past_key_values=cache, use_cache=True, **named)
+        import torch
+
+        # Dynamo would guard on where a view lies in its base, and compile again for the next one.
+        own = ids.clone(memory_format=torch.contiguous_format)
+        found = self._call(input_ids=own, past_key_values=cache, use_cache=True, **named)
         logits: torch.Tensor = found.logits[:, -keep:]
         return logits
 

@@ -77,7 +77,7 @@ def draw_routes(
     prompt, total = len(document.ids), len(document.ids) + max(0, len(answer) - 1)
     figure = Figure(figsize=(15, 8.4), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.2, 1), left=0.055, right=0.975, top=0.885, bottom=0.085,
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.2, 1), left=0.055, right=0.962, top=0.885, bottom=0.085,
                                wspace=0.2, hspace=0.42)  # fmt: skip
     whole = figure.add_subplot(grid[:, 0])
     question = figure.add_subplot(grid[0, 1])
@@ -96,7 +96,7 @@ def draw_routes(
     _zoom(zoom, all_layers, document, tokenizer, prompt, total, answer)
 
     figure.suptitle(
-        f"Which tokens were routed to: {percent(attended)} of what {total:,} queries see was attended",
+        f"Which tokens were routed to: {percent(attended)} of the visible tokens attended",
         x=0.055, ha="left", fontsize=15, fontweight="bold", color=INK,
     )  # fmt: skip
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -205,9 +205,10 @@ def _end(tokenizer: Any, answer: Sequence[int]) -> int:
 
 
 def _label(tokenizer: Any, token: int) -> str:
-    text: str = tokenizer.decode([token])
-    # $ would start a formula, and a lone space would be no label at all.
-    return text.replace("\n", "\\n").replace("$", r"\$").strip(" ") or "\u2423"
+    text: str = tokenizer.decode([token]).strip(" ") or "\u2423"
+    if not (text.isprintable() and max(text) < "\u2500"):  # what the font has no sign for
+        text = text.encode("unicode_escape").decode("ascii")
+    return text.replace("$", r"\$")  # a dollar would start a formula
 
 
 def _colours() -> Any:

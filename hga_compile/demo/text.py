@@ -43,7 +43,7 @@ def paragraphs() -> list[str]:
 
 
 def build_document(tokenizer: Any, *, tokens: int, depth: float, fact: str = FACT) -> Document:
-    """Fill a context with the novel, plant a fact between two paragraphs, and end with the question.
+    """Fill a context with the novel, plant a fact between paragraphs, and end with the question.
 
     Parameters
     ----------
@@ -77,25 +77,21 @@ def build_document(tokenizer: Any, *, tokens: int, depth: float, fact: str = FAC
         raise BadInputError(
             f"the context must have room for a text, got {tokens} tokens; try 8192 (--tokens)"
         )
-    ids = list(opening)
-    left, start = room, None
+    body: list[int] = []
+    boundaries = [0]
     for paragraph in paragraphs():
-        if start is None and room - left >= depth * room:
-            start = len(ids)
-            ids += planted
-        piece = encode(paragraph + "\n\n")[:left]
-        ids += piece
-        left -= len(piece)
-        if not left:
+        body += encode(paragraph + "\n\n")[: room - len(body)]
+        boundaries.append(len(body))
+        if len(body) == room:
             break
-    if left:
-        raise BadInputError(f"the bundled text fills {tokens - left:,} tokens, got {tokens:,} (--tokens)")
-    if start is None:
-        start = len(ids)
-        ids += planted
+    if len(body) < room:
+        most = tokens - room + len(body)
+        raise BadInputError(f"the bundled text fills {most:,} tokens, got {tokens:,} (--tokens)")
+    place = min(boundaries, key=lambda boundary: abs(boundary - depth * room))
+    start = len(opening) + place
     return Document(
-        ids=(*ids, *closing),
-        text=Span(len(opening), len(ids)),
+        ids=(*opening, *body[:place], *planted, *body[place:], *closing),
+        text=Span(len(opening), tokens - len(closing)),
         fact=Span(start, start + len(planted)),
     )
 

@@ -30,7 +30,7 @@ def _lasting(method: _F) -> _F:
 class LayerStore:
     """Pages and index of one layer (a `kernels.states.LayerState`).
 
-    The first rows fix batch, heads, channels, dtype and device. The first routed site fixes page size and tier.
+    The first rows fix batch, heads, channels, dtype and device; the first routed site page size and tier.
 
     Parameters
     ----------
@@ -68,8 +68,8 @@ class LayerStore:
         begin = length - new
         if self.recent is not None:
             raise RuntimeError(
-                f"a layer that keeps only its window of {self.recent.window} tokens cannot give back all of them; "
-                "start with a new cache"
+                f"a layer that keeps only its window of {self.recent.window} tokens cannot give back all of "
+                "them; start with a new cache"
             )
         if begin > self.length or begin < 0:
             raise _gap(begin, length, self.length)
@@ -89,7 +89,7 @@ class LayerStore:
         """Return all K and V as ``[batch, kv_heads, length, dim]``, contiguous, on the compute device."""
         if self.recent is not None:
             raise RuntimeError(
-                f"a layer that keeps only its window of {self.recent.window} tokens cannot give back all of them"
+                f"a layer that keeps only its window of {self.recent.window} tokens cannot give back all"
             )
         if self.pages is None:
             raise RuntimeError("no K/V is stored yet: append before reading")
@@ -200,6 +200,7 @@ class LayerStore:
         other.length, other.batch = self.length, self.batch
         other._group_size = self._group_size
         other.pages = None if self.pages is None else self.pages.clone()
+        other.index = None if self.index is None else self.index.emptied()
         other.recent = None if self.recent is None else self.recent.clone()
         return other
 

@@ -11,8 +11,8 @@ __all__ = ["Pages"]
 class Pages:
     """Pages in one growing buffer ``[groups, rows, group_size * (dim + v_dim)]``.
 
-    A row is one KV head of one sequence. K and V of one group of one row are one contiguous run, the unit that
-    routing fetches; groups come first, so that the buffer grows at its end.
+    A row is one KV head of one sequence. K and V of one group of one row are one contiguous run, the unit
+    that routing fetches; groups come first, so that the buffer grows at its end.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class Pages:
                 view[:, :, inside].copy_(run.transpose(0, 1))
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return copies of keys ``[rows, end - begin, dim]`` and values, contiguous, on the compute device."""
+        """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device."""
         key = torch.empty(self.rows, end - begin, self.dim, dtype=self.dtype, device=self.compute)
         value = torch.empty(self.rows, end - begin, self.v_dim, dtype=self.dtype, device=self.compute)
         for groups, inside, tokens in self._runs(begin, end):

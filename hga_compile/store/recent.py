@@ -82,8 +82,8 @@ class Recent:
             return
         if first > max(0, length - self.window + 1):
             raise RuntimeError(
-                f"a sliding layer with a window of {self.window} cannot go back from {self.length} to {length} "
-                f"tokens: it has kept tokens {first} on only"
+                f"a sliding layer with a window of {self.window} cannot go back from {self.length} to "
+                f"{length} tokens: it has kept tokens {first} on only"
             )
         self.key, self.value = self.key[:, :, : length - first], self.value[:, :, : length - first]
         self.length = length
@@ -128,5 +128,5 @@ def check_pair(key: Tensor, value: Tensor) -> None:
     got, expected = ((list(part.shape[:3]), part.dtype, part.device) for part in (value, key))
     if got != expected:
         raise RuntimeError(
-            f"values must match their keys in batch, heads, tokens, dtype and device, got {got}, expected {expected}"
+            f"values must match keys in batch, heads, tokens, dtype, device, got {got}, expected {expected}"
         )

@@ -187,3 +187,18 @@ def test_read_prompt_takes_stdin_as_utf8(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with file.open(encoding="ascii") as stream:
         monkeypatch.setattr(sys, "stdin", stream)
         assert read_prompt("-") == "grün"
+
+
+def test_the_real_compiler_writes_what_dense_writes_at_full_budget(
+    tiny_model: Path, prompt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HGA_INNER", "eager")
+    monkeypatch.setenv("HGA_BUDGET", "1.0")
+    arguments = ["run", str(tiny_model), "--prompt-file", str(prompt), "--max-new-tokens", "6", "--json"]
+    routed, dense = (
+        json.loads(runner.invoke(app, [*arguments, "--device", "cpu", "--prefill-step", "40", *more]).stdout)
+        for more in ([], ["--dense"])
+    )
+    assert routed["text"] == dense["text"]
+    assert routed["sites"] == {"graphs": 2, "routed": 4, "dense": 0, "fallbacks": {}}
+    assert routed["decode"]["attended"] == 1.0
