@@ -106,6 +106,8 @@ class _Stored:
         if self.handle is None:
             super().crop(tokens_to_remove)  # type: ignore[misc]
             return
+        # Assisted generation passes a tensor in some versions; the length must stay a number.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the negative number of tokens to remove, got {tokens_to_remove}; "

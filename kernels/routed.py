@@ -145,7 +145,9 @@ def routed_attention(
     if queries > length:
         raise ValueError(f"queries must be the last of the tokens, got {queries} queries and {length} tokens")
     if key_mask is not None and key_mask.shape[0] not in (1, batch):
-        raise ValueError(f"key_mask must have a row a sequence, got {key_mask.shape[0]}, expected {batch}")
+        raise ValueError(
+            f"key_mask must have a row a sequence, got {key_mask.shape[0]} rows, expected {batch}"
+        )
     grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, queries, dim)
     scaled = (query.float() * scale).reshape(kv.rows, -1, queries, dim)
     padding = Padding.of(key_mask, length)

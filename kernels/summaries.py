@@ -73,7 +73,8 @@ def make_summary(routing: Routing, centre: Tensor) -> Summary:
     """
     if routing.summary not in _KINDS:
         raise ValueError(
-            f"unknown summary kind {routing.summary!r}, expected one of {sorted(_KINDS)} (routing.summary)"
+            f"unknown summary kind, got {routing.summary!r}, expected one of {sorted(_KINDS)} "
+            "(routing.summary)"
         )
     return _KINDS[routing.summary](routing, centre)
 

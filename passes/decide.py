@@ -147,6 +147,7 @@ _VIEWS = frozenset(
         "reshape.default",
         "view.default",
         "_unsafe_view.default",
+        "flatten.using_ints",
         "slice.Tensor",
         "clone.default",
         "contiguous.default",

@@ -19,6 +19,9 @@ __all__ = ["Site", "Unmatched", "find_sites", "find_unmatched"]
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _APPEND = torch.ops.hga.append.default
+_RESHAPES = frozenset(
+    f"aten.{name}" for name in ("reshape.default", "view.default", "_unsafe_view.default", "flatten.using_ints")
+)
 del ops  # imported for the registration of the ops
 _KEEPS = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default)
 
@@ -148,7 +151,7 @@ def _unrepeated(node: Node) -> Any:
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
         source, rank = node.args[0], node.meta["val"].dim()
         return _unwrapped(source) if dim in (1, 1 - rank) and isinstance(source, Node) else start
-    if str(node.target) not in ("aten.reshape.default", "aten.view.default", "aten._unsafe_view.default"):
+    if str(node.target) not in _RESHAPES:
         return start
     middle = _unwrapped(node.args[0])
     if str(middle.target) != "aten.expand.default":

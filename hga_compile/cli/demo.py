@@ -28,7 +28,7 @@ def demo(
     ] = 8192,
     depth: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Where in the text the fact is planted.")
-    ] = 0.35,
+    ] = 0.5,
     profile: options.ProfileName = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PNG", help="Draw which tokens were routed to.")

@@ -24,7 +24,7 @@ class Settings:
     dtype: torch.dtype
     tokens: int = 8192
     """Context length, the answer included."""
-    depth: float = 0.35
+    depth: float = 0.5
     """Where the fact is planted: 0 before the text, 1 behind it."""
     picture: Path | None = None
     """PNG of the routes; None for none."""

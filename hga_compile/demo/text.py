@@ -10,7 +10,7 @@ from hga_compile.cli.errors import BadInputError
 
 FACT = "The secret passcode of the library is 7421."
 ANSWER = "7421"
-QUESTION = "What is the secret passcode of the library?"
+QUESTION = "What number is the secret passcode of the library?"
 TASK = "Read the text and answer the question at its end."
 
 _MARK = "<<document>>"

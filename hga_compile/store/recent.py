@@ -128,5 +128,6 @@ def check_pair(key: Tensor, value: Tensor) -> None:
     got, expected = ((list(part.shape[:3]), part.dtype, part.device) for part in (value, key))
     if got != expected:
         raise RuntimeError(
-            f"values must match keys in batch, heads, tokens, dtype, device, got {got}, expected {expected}"
+            f"values must match their keys in batch, heads, tokens, dtype, device, got {got}, "
+            f"expected {expected}"
         )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import ROUTED, make, prompt
+from tiny import FULL, ROUTED, make, prompt
 
 import hga_compile
 
@@ -54,7 +54,7 @@ def test_strict_turns_a_dense_site_into_an_error():
 def test_two_models_keep_their_own_settings():
     small, large = make("llama"), make("llama")
     a = torch.compile(small, backend="hga", options=ROUTED)
-    b = torch.compile(large, backend="hga", options=ROUTED | {"budget": 1.0})
+    b = torch.compile(large, backend="hga", options=FULL)
     ids = prompt(300)
     with torch.no_grad():
         a(ids)

@@ -53,7 +53,12 @@ def test_shares_that_float_arithmetic_rounds_up_are_guarded() -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(setting=routings(), first=st.integers(0, 400), queries=st.integers(1, 9), data=st.data())
+@given(
+    setting=routings(),
+    first=st.one_of(st.integers(0, 70), st.integers(0, 400)),
+    queries=st.integers(1, 9),
+    data=st.data(),
+)
 def test_every_query_is_planned_as_the_scalar_rules_say(
     setting: Routing, first: int, queries: int, data: st.DataObject
 ) -> None:

@@ -62,7 +62,9 @@ def masked(
     return decide(site, 0, 1, Routing(), MaskValues(graph.graph)), graph, inputs
 
 
-def claimed_mask(plan: Plan, padding: Tensor | None, single: Tensor | None, queries: int, keys: int) -> Tensor:
+def claimed_mask(
+    plan: Plan, padding: Tensor | None, single: Tensor | None, queries: int, keys: int
+) -> Tensor:
     """What a plan says that the attention may see, ``[batch, 1, queries, keys]``."""
     if single is not None:
         return single.bool().expand(BATCH, 1, queries, keys)
@@ -108,7 +110,9 @@ def assert_claim_holds(plan: Plan, graph: GraphModule, inputs: tuple) -> None:
     assert torch.equal(claim, real), f"claimed {claim.int().tolist()}, the mask is {real.int().tolist()}"
 
 
-def dynamo_graph(function: Callable[..., Any], *inputs: Any, use: Callable[[GraphModule], Any], **compiled: Any) -> Any:
+def dynamo_graph(
+    function: Callable[..., Any], *inputs: Any, use: Callable[[GraphModule], Any], **compiled: Any
+) -> Any:
     """Return what `use` makes of the graph that Dynamo hands to a backend, while Dynamo is still at it."""
     found = []
 

@@ -34,7 +34,10 @@ def config(window: int | None = None) -> LlamaConfig:
 
 
 def transformers_mask(
-    queries: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, window: int | None = None
+    queries: int,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     build = create_causal_mask if window is None else create_sliding_window_causal_mask
     return build(
@@ -48,7 +51,12 @@ def transformers_mask(
 
 def chunk(queries: int, keys: int, **more: object) -> Tensor:
     return sdpa_mask(
-        batch_size=BATCH, q_length=queries, kv_length=keys, q_offset=keys - queries, allow_is_causal_skip=False, **more
+        batch_size=BATCH,
+        q_length=queries,
+        kv_length=keys,
+        q_offset=keys - queries,
+        allow_is_causal_skip=False,
+        **more,
     )
 
 
@@ -69,20 +77,35 @@ PROVEN = {
     "chunked prefill of transformers": (lambda: chunk(5, 12), 5, 12, ()),
     "bool padding": (lambda t: causal() & t[:, None, None, :], 12, 12, (PADDING,)),
     "integer padding": (lambda t: causal() & t[:, None, None, :].bool(), 12, 12, (PADDING.long(),)),
-    "padding of a float mask": (lambda t: causal() & t.to(torch.bool)[:, None, None, :], 12, 12, (PADDING.float(),)),
+    "padding of a float mask": (
+        lambda t: causal() & t.to(torch.bool)[:, None, None, :],
+        12,
+        12,
+        (PADDING.float(),),
+    ),
     "padding of a longer table": (lambda t: causal(5, 8) & t[:, None, None, :8], 5, 8, (PADDING,)),
     "padding in a chunk": (lambda t: chunk(5, 12, attention_mask=t), 5, 12, (PADDING,)),
     "padding looked up by indices": (
-        lambda t: causal() & t[torch.arange(BATCH)[:, None, None, None], torch.arange(12)[None, None, None, :]],
+        lambda t: (
+            causal() & t[torch.arange(BATCH)[:, None, None, None], torch.arange(12)[None, None, None, :]]
+        ),
         12,
         12,
         (PADDING,),
     ),
     "one padding row for all sequences": (lambda t: causal() & t[:, None, None, :], 12, 12, (PADDING[:1],)),
     "padding turned round": (lambda t: causal() & (~t)[:, None, None, :], 12, 12, (PADDING,)),
-    "a padding table that was computed": (lambda t: causal() & (t != 7)[:, None, None, :], 12, 12, (PADDING.long(),)),
+    "a padding table that was computed": (
+        lambda t: causal() & (t != 7)[:, None, None, :],
+        12,
+        12,
+        (PADDING.long(),),
+    ),
     "a table of ops that are not understood": (
-        lambda: causal() & (torch.diff(torch.arange(11), prepend=torch.arange(2) * 5 - 6) == 1)[None, None, None, :],
+        lambda: (
+            causal()
+            & (torch.diff(torch.arange(11), prepend=torch.arange(2) * 5 - 6) == 1)[None, None, None, :]
+        ),
         12,
         12,
         (),
@@ -108,7 +131,13 @@ SLIDING = {
     "sliding with padding": (lambda t: window_mask(12, 12, 4) & t[:, None, None, :], 12, 12, (PADDING,), 4),
     "a window as long as the sequence": (lambda: window_mask(12, 12, 12), 12, 12, (), 12),
     "transformers, sliding": (lambda: transformers_mask(12, window=5), 12, 12, (), 5),
-    "transformers, sliding with padding": (lambda t: transformers_mask(12, t, window=5), 12, 12, (PADDING,), 5),
+    "transformers, sliding with padding": (
+        lambda t: transformers_mask(12, t, window=5),
+        12,
+        12,
+        (PADDING,),
+        5,
+    ),
     "one query": (lambda: window_mask(1, 12, 4), 1, 12, (), 4),
 }
 
@@ -238,7 +267,12 @@ UNPROVEN = {
         (PADDING,),
     ),
     "padding of a slice from the end": (lambda t: causal(5, 5) & t[:, None, None, -5:], 5, 5, (PADDING,)),
-    "padding of the first sequence for all": (lambda t: causal() & t[0][None, None, None, :], 12, 12, (PADDING,)),
+    "padding of the first sequence for all": (
+        lambda t: causal() & t[0][None, None, None, :],
+        12,
+        12,
+        (PADDING,),
+    ),
     "padding of the sequences in another order": (
         lambda t: causal() & t[1 - sequence(), key(12)],
         12,
@@ -292,7 +326,12 @@ UNPROVEN = {
     "written in place: a column": (_inplace(lambda mask: mask[..., 0].fill_(False)), 12, 12, ()),
     "written in place: a slice": (_inplace(lambda mask: mask[:, :, :4].logical_or_(key(12) < 2)), 12, 12, ()),
     "written in place: all of it": (_inplace(lambda mask: mask.logical_not_()), 12, 12, ()),
-    "written in place: copied over": (_inplace(lambda mask, t: mask[0].copy_(t[:1, None])), 12, 12, (PADDING,)),
+    "written in place: copied over": (
+        _inplace(lambda mask, t: mask[0].copy_(t[:1, None])),
+        12,
+        12,
+        (PADDING,),
+    ),
     "a table written in place after its use": (_later, 12, 12, (PADDING.clone(),)),
 }
 

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from attention_graphs import counted, dynamo_graph, rows
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from hga_compile.passes.retrace import RetraceError, retrace
+
+
+def test_attention_is_one_node_and_inputs_and_outputs_stay():
+    q, k, v = rows(6)
+    new = dynamo_graph(lambda q, k, v: (sdpa(q, k, v, is_causal=True), q + 1), q, k, v, use=retrace)
+    assert counted(new, "aten.scaled_dot_product_attention") == 1
+    out, more = new(q, k, v)
+    torch.testing.assert_close(out, sdpa(q, k, v, is_causal=True))
+    torch.testing.assert_close(more, q + 1)
+
+
+def test_attention_inside_multi_head_attention_is_found():
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True, dropout=0.1).train()
+    x = torch.randn(2, 5, 16)
+
+    def self_attention(x):
+        return attention(x, x, x, need_weights=False)[0]
+
+    new = dynamo_graph(self_attention, x, use=retrace)
+    assert counted(new, "aten.scaled_dot_product_attention") == 1
+
+
+def test_names_of_modules_survive():
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    new = dynamo_graph(lambda x: block(x), torch.ones(2, 4), use=retrace)
+    paths = [str(node.meta.get("nn_module_stack")) for node in new.graph.nodes if node.op == "call_function"]
+    assert any("block" in path for path in paths)
+
+
+def test_dynamic_sizes_stay_dynamic():
+    x = torch.randn(5, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    new = dynamo_graph(lambda x: torch.arange(x.shape[0]) + x[:, 0], x, use=retrace)
+    sizes = [node.meta["val"].shape for node in new.graph.nodes if node.op == "placeholder" and node.meta["val"] is not None and hasattr(node.meta["val"], "shape")]
+    assert any(isinstance(shape[0], torch.SymInt) for shape in sizes)
+
+
+def test_code_inside_a_vmap_is_refused_rather_than_broken():
+    """Masks of user-given functions: the traced graph would hold tensors of the vmap, and fail when it runs."""
+    q, k, v = rows(6)
+
+    def attend(q, k, v):
+        def allowed(row, column):
+            return (column <= row) & torch.ones((), dtype=torch.bool, device=row.device)
+
+        mask = torch.vmap(torch.vmap(allowed, (None, 0)), (0, None))(torch.arange(6), torch.arange(6))
+        return sdpa(q, k, v, mask[None, None])
+
+    def use(graph):
+        try:
+            return retrace(graph)
+        except RetraceError as error:
+            return error
+
+    made = dynamo_graph(attend, q, k, v, use=use)
+    if isinstance(made, RetraceError):
+        assert "vmap" in str(made)
+    else:
+        torch.testing.assert_close(made(q, k, v)[0], sdpa(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_tensor_of_the_closure_is_no_reason_to_refuse(write):
+    table = torch.arange(6)
+
+    def use_table(x):
+        return x * table + torch.tensor([1, 2, 3, 4, 5, 6])
+
+    new = dynamo_graph(use_table, torch.ones(6), use=retrace)
+    assert new is not None
