@@ -82,13 +82,15 @@ def _side(engine: Engine, tokenizer: Any, parts: Parts, score: Score, recording:
         reading = reader.read(parts, score=score, advance=advance, around_question=recording.of_question)
     # Dense attention is not counted step by step: it reads the whole cache for every token.
     steps = 1 if engine.name == "dense" else max(1, len(reading.decode.steps))
-    return Side(
+    side = Side(
         reading=reading,
         memory=engine.memory(reading.cache),
         prefill_reads=engine.reads("prefill"),
         decode_reads=engine.reads("decode"),
         read_per_token=engine.bytes_read("decode") / steps,
     )
+    reading.cache = None  # one side's K/V must not count as the other's memory
+    return side
 
 
 def _draw(

@@ -1,6 +1,6 @@
 """Graphs of one attention, and what a decision about it claims, checked against what the graph computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import ops
 from hga_compile.passes.decide import Plan, decide
+from hga_compile.passes.decision import Reason
+from hga_compile.passes.mask_proof import prove_mask
 from hga_compile.passes.mask_values import MaskValues
 from hga_compile.passes.match import Site, find_sites
 
@@ -71,43 +73,70 @@ def claimed_mask(
     position = torch.arange(keys - queries, keys)[:, None]
     key = torch.arange(keys)
     allowed = key <= position
-    if plan.window is not None:
-        allowed = allowed & (key > position - plan.window)
+    if window is not None:
+        allowed = allowed & (key > position - window)
     allowed = allowed.expand(BATCH, 1, queries, keys)
     return allowed if padding is None else allowed & padding.bool()[:, None, None, :keys]
 
 
 class _AtTheAttention(Interpreter):
-    """Runs a graph and keeps what the plan's nodes hold when the attention runs."""
+    """Runs a graph and checks every plan that claims something about a mask against the mask that the graph makes."""
 
-    def __init__(self, graph: GraphModule, plan: Plan) -> None:
+    def __init__(self, graph: GraphModule, plans: Sequence[Plan], values: MaskValues) -> None:
         super().__init__(graph, garbage_collect_values=False)
-        self.plan = plan
+        self.plans = {plan.site.node: plan for plan in plans}
+        self.values = values
+        self.claims: list[bool] = []
 
     def run_node(self, node: Any) -> Any:
-        if node is self.plan.site.node:
-            for name, of in (
-                ("mask", self.plan.site.mask),
-                ("padding", self.plan.padding),
-                ("single", self.plan.single_query_mask),
-            ):
-                setattr(self, name, None if of is None else self.env[of].clone())
-        if node is self.plan.site.append:
+        if node.target is torch.ops.hga.append.default:
             # There is no store: the masks do not depend on what is in it.
             return tuple(torch.zeros(part.shape) for part in node.meta["val"])
+        if node in self.plans:
+            plan = self.plans[node]
+            self.claims.append(plan.decision.reason in (Reason.ROUTED, Reason.SLIDING_WINDOW))
+            if self.claims[-1]:
+                self.check(plan)
         return super().run_node(node)
+
+    def check(self, plan: Plan) -> None:
+        mask, padding, single = (
+            None if part is None else self.env[part] for part in (plan.site.mask, plan.padding, plan.single_query_mask)
+        )
+        window = plan.window
+        if plan.decision.reason is Reason.SLIDING_WINDOW and plan.site.append is None:
+            # Left as it is without a cache; the claim is in the words.
+            proof = prove_mask(plan.site.mask, self.values)
+            window, padding = proof.window, None if proof.padding is None else self.env[proof.padding]
+        queries, keys = plan.site.queries, plan.site.keys
+        real = mask.expand(BATCH, HEADS, queries, keys)
+        claim = claimed_mask(window, padding, single, queries, keys).expand_as(real)
+        place = len(self.claims) - 1
+        assert torch.equal(claim, real), f"{place}: claimed {claim.int().tolist()}, it is {real.int().tolist()}"
 
 
 def assert_claim_holds(plan: Plan, graph: GraphModule, inputs: tuple) -> None:
     """Check a plan that rewrites against the mask that the graph computes for these inputs."""
-    if not (plan.decision.routed or plan.window is not None):
-        return
-    run = _AtTheAttention(graph, plan)
-    run.run(*inputs)
-    queries, keys = plan.site.queries, plan.site.keys
-    real = run.mask.expand(BATCH, HEADS, queries, keys)
-    claim = claimed_mask(plan, run.padding, run.single, queries, keys).expand_as(real)
-    assert torch.equal(claim, real), f"claimed {claim.int().tolist()}, the mask is {real.int().tolist()}"
+    _AtTheAttention(graph, [plan], MaskValues(graph.graph)).run(*inputs)
+
+
+def check_claims(builds: Sequence[Callable[..., Tensor]], queries: int, keys: int, *tables: Any) -> list[bool]:
+    """Check what is decided about an attention under each of many masks; says for each whether it is claimed."""
+    graph = traced(lambda *given: [build(*given) for build in builds], *tables)
+    inputs = rows(queries, keys)
+    with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
+        operands = [graph.graph.placeholder(name) for name in ("query", "key", "value")]
+    for node, value in zip(operands, inputs, strict=True):
+        node.meta["val"] = value
+    output = graph.graph.output_node()
+    with graph.graph.inserting_before(output):
+        for mask in output.args[0]:
+            graph.graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, (*operands, mask))
+    values = MaskValues(graph.graph)
+    plans = [decide(site, 0, 1, Routing(), values) for site in find_sites(graph.graph)]
+    run = _AtTheAttention(graph, plans, values)
+    run.run(*inputs, *tables)
+    return run.claims
 
 
 def dynamo_graph(

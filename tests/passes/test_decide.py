@@ -194,6 +194,16 @@ def test_a_store_that_is_read_before_the_attention_stays():
     assert plan_of(step, *rows(1), HANDLE).decision.reason is Reason.SHARED_KV
 
 
+def by_hand(q, k, v, **keywords):
+    """A graph that torch itself might refuse to trace."""
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder(letter) for letter in "qkv"]
+    for node, value in zip(nodes, (q, k, v), strict=True):
+        node.meta["val"] = value
+    graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, tuple(nodes), keywords)
+    return graph
+
+
 SHAPES = {
     "three dimensions": lambda: (torch.randn(4, 6, 8),) * 3,
     "query heads that KV heads do not divide": lambda: (
@@ -214,13 +224,7 @@ def test_shapes_that_are_not_supported_stay(name):
     q, k, v = SHAPES[name]()
     if name.startswith("query heads"):
         # torch refuses it as well: only the decision is looked at, on a graph that is put together by hand.
-        graph = torch.fx.Graph()
-        nodes = [graph.placeholder(letter) for letter in "qkv"]
-        for node, value in zip(nodes, (q, k, v), strict=True):
-            node.meta["val"] = value
-        graph.call_function(
-            torch.ops.aten.scaled_dot_product_attention.default, tuple(nodes), {"is_causal": True}
-        )
+        graph = by_hand(q, k, v, is_causal=True)
         (site,) = find_sites(graph)
         plan = decide(site, 0, 1, Routing(), MaskValues(graph))
     else:
@@ -249,10 +253,12 @@ def dynamo_plan(function, *inputs, dims):
 
 
 def test_a_scale_that_is_not_constant_stays():
-    def attend(x):
-        return sdpa(x, x * 2, x * 3, is_causal=True, scale=x.shape[2] ** -0.5)
-
-    plan = dynamo_plan(attend, rows(6)[0], dims=(2,))
+    graph = by_hand(*rows(6), is_causal=True)
+    (node,) = graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    with graph.inserting_before(node):
+        node.kwargs = {**node.kwargs, "scale": graph.placeholder("scale")}
+    (site,) = find_sites(graph)
+    plan = decide(site, 0, 1, Routing(), MaskValues(graph))
     assert plan.decision.reason is Reason.SHAPE and "scale" in plan.decision.detail
 
 
