@@ -63,6 +63,7 @@ def race(lanes: list[Lane], tokens: Tensor, warmup: int, block: int) -> None:
     for lane in lanes:
         for token in tokens[:warmup]:
             lane.step(token.view(1, 1))
+        print(f"{lane.name}: compiled and warm", file=sys.stderr)
     for number, start in enumerate(range(warmup, len(tokens), block)):
         for lane in lanes if number % 2 == 0 else lanes[::-1]:
             for token in tokens[start : start + block]:

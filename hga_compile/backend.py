@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.fx.experimental.sym_node import SymNode
 
 from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.loader import resolve_profile
@@ -94,6 +95,7 @@ def _inner(
 ) -> Callable[..., Any]:
     """Hand the graph to the backend that compiles everything but the attention."""
     inner = profile.compile.inner
+    inputs = [_canonical(value) for value in example_inputs]
     if inner == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
@@ -101,10 +103,24 @@ def _inner(
         patches = list_mode_options(mode) if mode not in (None, "default") else {}
         # Handles are CPU tensors, which Inductor's own CUDA graphs refuse graph by graph.
         patches.pop("triton.cudagraphs", None)
-        return compile_fx(graph, list(example_inputs), config_patches=patches)  # type: ignore[return-value] # the other kinds are for export
+        return compile_fx(graph, inputs, config_patches=patches)  # type: ignore[return-value] # the other kinds are for export
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(inner)(graph, list(example_inputs))
+    return lookup_backend(inner)(graph, inputs)
+
+
+def _canonical(value: Any) -> Any:
+    """Write a length as the symbol that stands for it.
+
+    Every layer counts its own tokens; guards make the counts one symbol, but inputs still name the others,
+    which Inductor then uses without defining them.
+    """
+    if not isinstance(value, torch.SymInt):
+        return value
+    node = value.node
+    if not isinstance(node, SymNode) or node._expr == node.expr:
+        return value
+    return torch.SymInt(SymNode(node.expr, node.shape_env, int, node.hint))
 
 
 def _check_offload(profile: Profile) -> None:

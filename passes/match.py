@@ -20,7 +20,8 @@ __all__ = ["Site", "Unmatched", "find_sites", "find_unmatched"]
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _APPEND = torch.ops.hga.append.default
 _RESHAPES = frozenset(
-    f"aten.{name}" for name in ("reshape.default", "view.default", "_unsafe_view.default", "flatten.using_ints")
+    f"aten.{name}"
+    for name in ("reshape.default", "view.default", "_unsafe_view.default", "flatten.using_ints")
 )
 del ops  # imported for the registration of the ops
 _KEEPS = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default)
@@ -188,7 +189,7 @@ def _whole_slice(node: Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and end in (None, 2**63 - 1) and step == 1
+    return bool(start in (None, 0) and end in (None, 2**63 - 1) and step == 1)
 
 
 def _layers_of(nodes: Sequence[Node]) -> list[int | None]:

@@ -51,7 +51,7 @@ def test_rows_of_one_model_keep_their_own_profiles(tiny_model, reference):
 
 def test_a_model_that_stays_dense_gives_no_numbers(tiny_model, reference):
     candidate = RoutedCandidate(tiny_model, {"profile": "default", **FEW})
-    with torch.enable_grad(), pytest.raises(NothingRouted, match="no attention was routed: .*grad"):
+    with torch.enable_grad(), pytest.raises(NothingRouted, match=r"no attention was routed: .*grad"):
         measure(candidate, "all", reference)
 
 

@@ -15,7 +15,7 @@ SCALE = 0.3
 
 
 def case(tokens: int, queries: int, device: torch.device, v_dim: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """Q ``[batch, kv_heads, heads, queries, dim]``, K and V of 2 sequences, 2 KV heads, 3 query heads each."""
+    """Q ``[batch, kv_heads, heads, queries, dim]``, K and V: 2 sequences, 2 KV heads, 3 query heads each."""
     query = torch.randn(2, 2, 3, queries, 20)
     return (
         query.to(device),

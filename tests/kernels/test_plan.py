@@ -33,7 +33,7 @@ def routings(draw: st.DrawFn) -> Routing:
     )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(pair=shares, whole=st.lists(st.integers(0, 2**21), min_size=1, max_size=20))
 def test_counts_are_those_of_the_configuration(pair: tuple, whole: list[int]) -> None:
     for share in (Budget(fraction=pair[0], tokens=pair[1]), Window(fraction=pair[0], tokens=pair[1])):
@@ -52,7 +52,7 @@ def test_shares_that_float_arithmetic_rounds_up_are_guarded() -> None:
         assert tokens_for(Budget(fraction=percent / 100), whole).tolist() == want
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     setting=routings(),
     first=st.one_of(st.integers(0, 70), st.integers(0, 400)),

@@ -37,7 +37,7 @@ special = st.sampled_from([0.0, 1.0, -1.0, 5.0, 90.0, -90.0, 1e30, -1e30, -INF, 
 values = st.one_of(st.floats(-20, 20, width=32), special)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     data=st.data(),
     heads=st.integers(1, 3),

@@ -135,7 +135,7 @@ def test_tiles_may_end_before_the_last_summary() -> None:
     for tokens in (4, 8, 13, 16, 29):
         routed = mask[..., :tokens]
         got = attend_masked_with_tail(
-            query, key[:, :tokens], value[:, :tokens], routed, ~routed & False, tail
+            query, key[:, :tokens], value[:, :tokens], routed, torch.zeros_like(routed), tail
         )
         scores = torch.einsum("rhqd,rtd->rhqt", query, key[:, :tokens]).masked_fill(
             ~routed[:, None], -torch.inf

@@ -65,7 +65,7 @@ def masked(
 
 
 def claimed_mask(
-    plan: Plan, padding: Tensor | None, single: Tensor | None, queries: int, keys: int
+    window: int | None, padding: Tensor | None, single: Tensor | None, queries: int, keys: int
 ) -> Tensor:
     """What a plan says that the attention may see, ``[batch, 1, queries, keys]``."""
     if single is not None:
@@ -101,7 +101,8 @@ class _AtTheAttention(Interpreter):
 
     def check(self, plan: Plan) -> None:
         mask, padding, single = (
-            None if part is None else self.env[part] for part in (plan.site.mask, plan.padding, plan.single_query_mask)
+            None if part is None else self.env[part]
+            for part in (plan.site.mask, plan.padding, plan.single_query_mask)
         )
         window = plan.window
         if plan.decision.reason is Reason.SLIDING_WINDOW and plan.site.append is None:
@@ -112,7 +113,9 @@ class _AtTheAttention(Interpreter):
         real = mask.expand(BATCH, HEADS, queries, keys)
         claim = claimed_mask(window, padding, single, queries, keys).expand_as(real)
         place = len(self.claims) - 1
-        assert torch.equal(claim, real), f"{place}: claimed {claim.int().tolist()}, it is {real.int().tolist()}"
+        assert torch.equal(claim, real), (
+            f"{place}: claimed {claim.int().tolist()}, it is {real.int().tolist()}"
+        )
 
 
 def assert_claim_holds(plan: Plan, graph: GraphModule, inputs: tuple) -> None:
@@ -120,7 +123,9 @@ def assert_claim_holds(plan: Plan, graph: GraphModule, inputs: tuple) -> None:
     _AtTheAttention(graph, [plan], MaskValues(graph.graph)).run(*inputs)
 
 
-def check_claims(builds: Sequence[Callable[..., Tensor]], queries: int, keys: int, *tables: Any) -> list[bool]:
+def check_claims(
+    builds: Sequence[Callable[..., Tensor]], queries: int, keys: int, *tables: Any
+) -> list[bool]:
     """Check what is decided about an attention under each of many masks; says for each whether it is claimed."""
     graph = traced(lambda *given: [build(*given) for build in builds], *tables)
     inputs = rows(queries, keys)
@@ -139,20 +144,32 @@ def check_claims(builds: Sequence[Callable[..., Tensor]], queries: int, keys: in
     return run.claims
 
 
-def dynamo_graph(
+def dynamo_run(
     function: Callable[..., Any], *inputs: Any, use: Callable[[GraphModule], Any], **compiled: Any
-) -> Any:
-    """Return what `use` makes of the graph that Dynamo hands to a backend, while Dynamo is still at it."""
+) -> tuple[Any, Any]:
+    """Return what `use` makes of the graph that Dynamo hands to a backend, and what the function then returns.
+
+    Where `use` makes a graph, or something with a `graph`, that one runs.
+    """
     found = []
 
     def backend(graph: GraphModule, example_inputs: Any) -> Any:
-        found.append(use(graph))
-        return graph.forward
+        made = use(graph)
+        found.append(made)
+        new = getattr(made, "graph", None)
+        runs = next((part for part in (made, new) if isinstance(part, GraphModule)), graph)
+        return runs.forward
 
     torch._dynamo.reset()
-    torch.compile(function, backend=backend, fullgraph=True, **compiled)(*inputs)
+    with torch.no_grad():
+        result = torch.compile(function, backend=backend, fullgraph=True, **compiled)(*inputs)
     (only,) = found
-    return only
+    return only, result
+
+
+def dynamo_graph(function: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+    """Return what `use` makes of the graph that Dynamo hands to a backend."""
+    return dynamo_run(function, *inputs, **settings)[0]
 
 
 def counted(graph: GraphModule, name: str) -> int:

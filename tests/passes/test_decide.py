@@ -24,7 +24,9 @@ def cached(attend, queries, length, *more, new=None, routing=None):
 
 
 def causal(queries, keys):
-    return torch.arange(keys)[None, None, None] <= (torch.arange(queries) + keys - queries)[None, None, :, None]
+    return (
+        torch.arange(keys)[None, None, None] <= (torch.arange(queries) + keys - queries)[None, None, :, None]
+    )
 
 
 def test_a_prefill_that_says_causal_is_routed():
@@ -67,7 +69,9 @@ def test_a_sliding_window_over_the_cache_keeps_its_window():
 def test_dense_layers_do_not_stop_a_window(window):
     def attend(q, k, v):
         mask = causal(3, 9)
-        return sdpa(q, k, v, mask if window is None else mask & (torch.arange(9) > (torch.arange(3) + 6)[:, None] - 4))
+        return sdpa(
+            q, k, v, mask if window is None else mask & (torch.arange(9) > (torch.arange(3) + 6)[:, None] - 4)
+        )
 
     plan = cached(attend, 3, 9, routing=Routing(dense_layers=(0,)))
     assert plan.decision.reason is (Reason.CONFIGURED if window is None else Reason.SLIDING_WINDOW)
@@ -282,7 +286,9 @@ def test_the_layer_and_the_site_are_named():
 
 def test_every_reason_has_words():
     assert len({reason.value for reason in Reason}) == len(Reason)
-    assert all(reason.value and reason.value[0].islower() or reason.value.startswith("K") for reason in Reason)
+    assert all(
+        (reason.value and reason.value[0].islower()) or reason.value.startswith("K") for reason in Reason
+    )
 
 
 def test_grouped_heads_of_one_kv_head_are_routed():

@@ -15,6 +15,7 @@ from torch import Tensor
 KEYS = 6
 TABLE = torch.tensor([[0, 1, 1, 2, 1, 1, 0, 1], [1, 1, 0, 1, 3, 1, 1, 0]])
 
+
 def rows_of(queries: int) -> Tensor:
     return (torch.arange(queries) + (KEYS - queries))[None, None, :, None]
 
@@ -117,7 +118,9 @@ def changed() -> list[Recipe]:
 
 
 def joined() -> list[Recipe]:
-    return [Recipe(base, table, join=join) for base, table, join in product(BASES, TABLES, JOINS) if join != "and"]
+    return [
+        Recipe(base, table, join=join) for base, table, join in product(BASES, TABLES, JOINS) if join != "and"
+    ]
 
 
 @pytest.mark.parametrize("recipes", [shifted, changed, joined])
@@ -125,7 +128,9 @@ def test_a_claim_about_a_mask_with_one_defect_holds(recipes):
     made = recipes()
     claims = check_claims([partial(recipe.build, 4) for recipe in made], 4, KEYS, TABLE)
     assert sum(claims) >= len(made) // 20
-    assert all(claims[place] for place, recipe in enumerate(made) if recipe in (Recipe("causal"), Recipe("sliding")))
+    assert all(
+        claims[place] for place, recipe in enumerate(made) if recipe in (Recipe("causal"), Recipe("sliding"))
+    )
 
 
 def any_of(names: Iterable[str]) -> st.SearchStrategy[str]:

@@ -1,12 +1,13 @@
 import pytest
 import torch
-from attention_graphs import BATCH, DIM, KV_HEADS, dynamo_graph, rows
+from attention_graphs import BATCH, DIM, KV_HEADS, dynamo_graph, dynamo_run, rows
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.profile import CompileSettings, Offload, Profile
 from hga_compile.configs.routing import Budget, LayerOverride, Routing
+from hga_compile.kernels.states import STATES
 from hga_compile.passes.decision import Reason
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
 
@@ -42,9 +43,11 @@ def test_what_happened_is_counted():
 
 
 def test_a_graph_without_attention_passes_through():
-    result = run(lambda x: x * 2 + 1, torch.ones(3))
+    result, out = dynamo_run(
+        lambda x: x * 2 + 1, torch.ones(3), use=lambda graph: rewrite_graph(graph, Profile(name="test"))
+    )
     assert result.decisions == ()
-    torch.testing.assert_close(result.graph(torch.ones(3))[0], torch.full((3,), 3.0))
+    torch.testing.assert_close(out, torch.full((3,), 3.0))
 
 
 def test_strict_names_the_site_its_reason_and_the_knob():
@@ -75,14 +78,14 @@ def unfused(q, k, v, handle):
 
 
 def test_attention_that_is_no_sdpa_is_reported_where_it_reads_the_store():
-    from hga_compile.kernels.states import STATES
-
     handle = STATES.open()
     q, k, v = rows(3, 9, KV_HEADS)
-    result = run(unfused, q, k, v, handle)
+    result, out = dynamo_run(
+        unfused, q, k, v, handle, use=lambda graph: rewrite_graph(graph, Profile(name="test"))
+    )
     (decision,) = result.decisions
     assert decision.reason is Reason.NOT_MATCHED and not decision.routed
-    torch.testing.assert_close(result.graph(q, k, v, handle)[0], unfused(q, k, v, handle))
+    torch.testing.assert_close(out, unfused(q, k, v, handle))
     with pytest.raises(Exception, match="no attention over the stored K and V"):
         run(unfused, q, k, v, handle, compile=CompileSettings(strict=True))
 
