@@ -111,7 +111,7 @@ def changed() -> list[Recipe]:
     pairs = product(["causal", "sliding", "last row"], ["none", "bool", "by index"], CHANGES, range(3))
     none = ["none"] * 3
     return [
-        Recipe(base, table, changes=tuple(none[:place] + [change] + none[place + 1 :]))
+        Recipe(base, table, changes=tuple([*none[:place], change, *none[place + 1 :]]))
         for base, table, change, place in pairs
         if change != "none"
     ]

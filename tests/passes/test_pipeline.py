@@ -7,7 +7,6 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.profile import CompileSettings, Offload, Profile
 from hga_compile.configs.routing import Budget, LayerOverride, Routing
-from hga_compile.kernels.states import STATES
 from hga_compile.passes.decision import Reason
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
 
@@ -75,19 +74,6 @@ def test_strict_lets_the_profile_s_own_choices_pass():
 def unfused(q, k, v, handle):
     keys, values = torch.ops.hga.append(k, v, handle, 9)
     return torch.softmax(q[:, :KV_HEADS] @ keys.transpose(2, 3), -1) @ values
-
-
-def test_attention_that_is_no_sdpa_is_reported_where_it_reads_the_store():
-    handle = STATES.open()
-    q, k, v = rows(3, 9, KV_HEADS)
-    result, out = dynamo_run(
-        unfused, q, k, v, handle, use=lambda graph: rewrite_graph(graph, Profile(name="test"))
-    )
-    (decision,) = result.decisions
-    assert decision.reason is Reason.NOT_MATCHED and not decision.routed
-    torch.testing.assert_close(out, unfused(q, k, v, handle))
-    with pytest.raises(Exception, match="no attention over the stored K and V"):
-        run(unfused, q, k, v, handle, compile=CompileSettings(strict=True))
 
 
 @pytest.mark.parametrize("tier", ["auto", "gpu", "host"])

@@ -7,7 +7,9 @@ from hga_compile.passes.retrace import RetraceError, retrace
 
 def test_attention_is_one_node_and_inputs_and_outputs_stay():
     q, k, v = rows(6)
-    new, (out, more) = dynamo_run(lambda q, k, v: (sdpa(q, k, v, is_causal=True), q + 1), q, k, v, use=retrace)
+    new, (out, more) = dynamo_run(
+        lambda q, k, v: (sdpa(q, k, v, is_causal=True), q + 1), q, k, v, use=retrace
+    )
     assert counted(new, "aten.scaled_dot_product_attention") == 1
     torch.testing.assert_close(out, sdpa(q, k, v, is_causal=True))
     torch.testing.assert_close(more, q + 1)
