@@ -25,9 +25,9 @@ class _Stored:
     """
 
     stored = False
+    """Whether the layer opens its store on the first update, compiled or not."""
     dtype: torch.dtype
     device: torch.device
-    """Whether the layer opens its store on the first update, compiled or not."""
     tier: Literal["gpu", "host"] | None = None
     """Where a store that is opened by code that is not compiled keeps its rows; None: with the K/V."""
 
@@ -189,7 +189,8 @@ class _Stored:
         batch, heads, _, dim = key_states.shape
         self.sizes = (batch, heads, dim, value_states.shape[-1])
         self.seen = self.get_seq_length()
-        self.handle = torch.ops.hga.open(keys, values)
+        self.handle = torch.empty(1, dtype=torch.int64, device="cpu")
+        torch.ops.hga.open(keys, values, self.handle)
         self._plain_keys = self._plain_values = None
         if self.tier is not None and not torch.compiler.is_compiling():
             self._state().tier = self.tier

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hga_compile.kernels.scoring import PLAIN, Scoring
+
 __all__ = ["attend_full", "attend_gathered", "attend_masked", "attend_window", "routed_mask"]
 
 
@@ -39,7 +41,9 @@ def routed_mask(
     return chosen.repeat_interleave(group_size, -1)[..., :tokens]
 
 
-def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, scoring: Scoring = PLAIN
+) -> Tensor:
     """Softmax attention under a mask that the query heads of a KV head share.
 
     Parameters
@@ -52,12 +56,28 @@ def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale
         ``[batch, kv_heads, queries, tokens]`` bool; at least one True a query, else the output is 0.
     scale : float
         Softmax scale.
+    scoring : Scoring
+        Soft-cap and sinks.
 
     Returns
     -------
     Tensor
         ``[batch, kv_heads, heads, queries, v_dim]``.
     """
+    if not scoring.plain:
+        logits = scoring.logits(query.shape[1])
+        heads = [
+            scoring.attend(
+                query[:, :, head],
+                key,
+                value,
+                mask,
+                scale,
+                None if logits is None else logits[None, :, head, None, None],
+            )
+            for head in range(query.shape[2])
+        ]
+        return torch.stack(heads, 2)
     bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     # One head at a time: no copy of K, V or the bias for each query head of the group.
     out = torch.stack(
@@ -70,7 +90,15 @@ def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale
     return out.masked_fill_(~mask.any(-1)[:, :, None, :, None], 0.0)
 
 
-def attend_gathered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend_gathered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    scoring: Scoring = PLAIN,
+    kv_heads: int = 1,
+) -> Tensor:
     """Softmax attention of one query a row over gathered tokens.
 
     Parameters
@@ -83,12 +111,21 @@ def attend_gathered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         ``[rows, gathered]`` bool; None: all are meant.
     scale : float
         Softmax scale.
+    scoring : Scoring
+        Soft-cap and sinks.
+    kv_heads : int
+        Rows of one sequence.
 
     Returns
     -------
     Tensor
         ``[rows, heads, v_dim]``; 0 for a row without a token.
     """
+    if not scoring.plain:
+        logits = scoring.logits(kv_heads)
+        if logits is not None:
+            logits = logits.repeat(len(query) // kv_heads, 1)[..., None]
+        return scoring.attend(query, key, value, None if mask is None else mask[:, None], scale, logits)
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
@@ -99,8 +136,15 @@ def attend_gathered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return out if mask is None else out.masked_fill_(~mask.any(-1)[:, None, None], 0.0)
 
 
-def attend_full(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    """Dense causal attention of the last `queries` tokens, by SDPA.
+def attend_full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    scoring: Scoring = PLAIN,
+) -> Tensor:
+    """Dense causal attention of the last `queries` tokens.
 
     Parameters
     ----------
@@ -112,6 +156,8 @@ def attend_full(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | No
         ``[batch, tokens]`` bool.
     scale : float
         Softmax scale.
+    scoring : Scoring
+        Soft-cap and sinks.
 
     Returns
     -------
@@ -121,7 +167,7 @@ def attend_full(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | No
     batch, kv_heads, heads, queries, dim = query.shape
     tokens = key.shape[2]
     flat = query.reshape(batch, kv_heads * heads, queries, dim)
-    if key_mask is None and (queries == tokens or queries == 1):
+    if scoring.plain and key_mask is None and (queries == tokens or queries == 1):
         out = scaled_dot_product_attention(
             flat, key, value, is_causal=queries > 1, scale=scale, enable_gqa=heads > 1
         )
@@ -137,12 +183,18 @@ def attend_full(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | No
         if key_mask is not None:
             mask = mask & key_mask[:, None, None]
         mask = mask.expand(batch, kv_heads, end - begin, tokens)
-        parts.append(attend_masked(query[:, :, :, begin:end], key, value, mask, scale))
+        parts.append(attend_masked(query[:, :, :, begin:end], key, value, mask, scale, scoring))
     return torch.cat(parts, 3)
 
 
 def attend_window(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float, window: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    window: int,
+    scoring: Scoring = PLAIN,
 ) -> Tensor:
     """Exact attention within a sliding window, in tiles that read only the keys in reach.
 
@@ -152,6 +204,8 @@ def attend_window(
         As for `attend_full`; `key` may lack tokens that no query reaches.
     window : int
         A query sees itself and ``window - 1`` tokens before it.
+    scoring : Scoring
+        Soft-cap and sinks.
 
     Returns
     -------
@@ -173,7 +227,7 @@ def attend_window(
             mask = mask & key_mask[:, None, None, low:stop]
         mask = mask.expand(batch, kv_heads, end - begin, stop - low)
         part = attend_masked(
-            query[:, :, :, begin:end], key[:, :, low:stop], value[:, :, low:stop], mask, scale
+            query[:, :, :, begin:end], key[:, :, low:stop], value[:, :, low:stop], mask, scale, scoring
         )
         parts.append(part)
     return torch.cat(parts, 3)

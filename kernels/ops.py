@@ -10,35 +10,38 @@ from torch import Tensor
 
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.routed import routed_attention
+from hga_compile.kernels.scoring import Scoring
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.kernels.states import STATES
 
 __all__ = ["append", "attention", "cached_attention", "open_state", "read_state", "window_attention"]
 
 
-@torch.library.custom_op("hga::open", mutates_args=())
-def open_state(key: Tensor, value: Tensor) -> Tensor:
+@torch.library.custom_op("hga::open", mutates_args=("handle",))
+def open_state(key: Tensor, value: Tensor, handle: Tensor) -> None:
     """Open the K/V of a layer.
 
     Parameters
     ----------
     key, value : Tensor
         ``[batch, kv_heads, tokens, dim]``: rows that it starts with; `tokens` may be 0.
-
-    Returns
-    -------
-    Tensor
-        The handle, ``[1]`` int64 on the CPU.
+    handle : Tensor
+        ``[1]`` int64 on the CPU, written. An operand rather than a result: compilers merge calls with equal
+        operands, and two caches would then share one store.
     """
-    handle = STATES.open()
-    if key.shape[2]:
-        STATES.get(handle).put(key, value, key.shape[2])
-    return handle
+    opened = STATES.open()
+    try:
+        if key.shape[2]:
+            STATES.get(opened).put(key, value, key.shape[2])
+    except BaseException:
+        STATES.close(opened)
+        raise
+    handle.copy_(opened)
 
 
 @open_state.register_fake
-def _open_fake(key: Tensor, value: Tensor) -> Tensor:
-    return torch.empty(1, dtype=torch.int64, device="cpu")
+def _open_fake(key: Tensor, value: Tensor, handle: Tensor) -> None:
+    return None
 
 
 @torch.library.custom_op("hga::append", mutates_args=("handle",))
@@ -82,6 +85,8 @@ def cached_attention(
     key_mask: Tensor | None,
     scale: float,
     site: str,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Store new rows and attend from the new queries to what they are routed to.
 
@@ -101,6 +106,10 @@ def cached_attention(
         Softmax scale.
     site : str
         A `SiteConfig` as text.
+    softcap : float
+        Soft-cap of the scores; 0: none.
+    sinks : Tensor or None
+        ``[query_heads]``: logits of attention sinks (see `scoring.Scoring`).
 
     Returns
     -------
@@ -109,7 +118,8 @@ def cached_attention(
     """
     config = SiteConfig.from_text(site)
     state = STATES.get(handle)
-    return state.attend(query, key, value, length, key_mask, scale, config).contiguous()
+    scoring = Scoring(softcap, sinks)
+    return state.attend(query, key, value, length, key_mask, scale, config, scoring).contiguous()
 
 
 @cached_attention.register_fake
@@ -122,6 +132,8 @@ def _cached_attention_fake(
     key_mask: Tensor | None,
     scale: float,
     site: str,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
@@ -136,6 +148,8 @@ def window_attention(
     key_mask: Tensor | None,
     scale: float,
     window: int,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Store new rows, attend exactly within a sliding window, and forget what no later query can see.
 
@@ -145,6 +159,8 @@ def window_attention(
         As for `cached_attention`.
     window : int
         A query sees itself and ``window - 1`` tokens before it.
+    softcap, sinks
+        As for `cached_attention`.
 
     Returns
     -------
@@ -152,7 +168,8 @@ def window_attention(
         ``[batch, query_heads, n, v_dim]``, contiguous, dtype of the query.
     """
     state = STATES.get(handle)
-    return state.attend_window(query, key, value, length, key_mask, scale, window).contiguous()
+    scoring = Scoring(softcap, sinks)
+    return state.attend_window(query, key, value, length, key_mask, scale, window, scoring).contiguous()
 
 
 @window_attention.register_fake
@@ -165,6 +182,8 @@ def _window_attention_fake(
     key_mask: Tensor | None,
     scale: float,
     window: int,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
@@ -211,7 +230,14 @@ def _read_fake(
 
 @torch.library.custom_op("hga::attention", mutates_args=())
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float, site: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    site: str,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Routed causal attention without a cache.
 
@@ -227,6 +253,10 @@ def attention(
         Softmax scale.
     site : str
         A `SiteConfig` as text.
+    softcap : float
+        Soft-cap of the scores; 0: none.
+    sinks : Tensor or None
+        ``[query_heads]``: logits of attention sinks (see `scoring.Scoring`).
 
     Returns
     -------
@@ -236,14 +266,21 @@ def attention(
     config = SiteConfig.from_text(site)
     out = routed_attention(
         query, _Whole(key, value), LayerIndex(config.routing), key.shape[2], key_mask, scale, config.routing,
-        config.layer,
+        config.layer, Scoring(softcap, sinks),
     )  # fmt: skip
     return out.contiguous()
 
 
 @attention.register_fake
 def _attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float, site: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    site: str,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 

@@ -13,6 +13,7 @@ from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.route import Chosen, choose_groups, per_row
+from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.summaries import Scorer
 from hga_compile.kernels.tail import attend_gathered_with_tail, attend_masked_with_tail
 
@@ -86,6 +87,7 @@ class _Call:
     routing: Routing
     layer: int
     use: Use
+    scoring: Scoring
 
     @property
     def first(self) -> int:
@@ -101,6 +103,7 @@ def routed_attention(
     scale: float,
     routing: Routing,
     layer: int,
+    scoring: Scoring = PLAIN,
 ) -> Tensor:
     """Attend from the last queries of a sequence to what they are routed to.
 
@@ -124,6 +127,8 @@ def routed_attention(
         Settings of the layer.
     layer : int
         Number of the layer, for the ledger.
+    scoring : Scoring
+        Soft-cap and sinks. Routing goes by scores without them: a soft-cap keeps their order.
 
     Returns
     -------
@@ -133,7 +138,8 @@ def routed_attention(
     Raises
     ------
     ValueError
-        Query heads that are no multiple of the KV heads, more queries than tokens, a mask that does not fit.
+        Query heads that are no multiple of the KV heads, more queries than tokens, a mask that does not fit,
+        a tail estimate with a soft-cap or sinks.
     """
     batch, query_heads, queries, dim = query.shape
     kv_heads = kv.rows // batch
@@ -148,11 +154,16 @@ def routed_attention(
         raise ValueError(
             f"key_mask must have a row a sequence, got {key_mask.shape[0]} rows, expected {batch}"
         )
+    if not scoring.plain and routing.tail == "estimate":
+        raise ValueError(
+            "a tail estimate does not cover soft-cap or attention sinks, got tail estimate, expected drop "
+            "(routing.tail)"
+        )
     grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, queries, dim)
     scaled = (query.float() * scale).reshape(kv.rows, -1, queries, dim)
     padding = Padding.of(key_mask, length)
     use = LEDGER.use(layer, "decode" if queries == 1 else "prefill")
-    call = _Call(grouped, scaled, kv, index, length, padding, scale, routing, layer, use)
+    call = _Call(grouped, scaled, kv, index, length, padding, scale, routing, layer, use, scoring)
     if routing.tail == "estimate":
         index.note_queries(scaled, call.first, None if padding is None else padding.rows(kv.rows))
     all_dense = (
@@ -183,7 +194,7 @@ def _dense(call: _Call) -> Tensor:
     _note_rows(call, key, value)
     if LEDGER.wants(call.layer):
         _record(call, call.first, _visible_groups(call))
-    return attend_full(call.query, key, value, mask, call.scale)
+    return attend_full(call.query, key, value, mask, call.scale, call.scoring)
 
 
 def _visible_groups(call: _Call) -> Tensor:
@@ -237,7 +248,8 @@ def _decode(call: _Call) -> Tensor:
         _record(call, call.first, marks.scatter_add_(-1, groups, marked.int())[:, None] > 0)
     tail = call.index.tail
     if tail is None:
-        return attend_gathered(call.query.flatten(0, 1)[:, :, 0], key, value, real, call.scale)
+        query, kv_heads = call.query.flatten(0, 1)[:, :, 0], call.query.shape[1]
+        return attend_gathered(query, key, value, real, call.scale, call.scoring, kv_heads)
     token = _tokens(groups, routing.group_size)[:, : key.shape[1]]
     real = torch.ones_like(token, dtype=torch.bool) if real is None else real
     counted = _counted_chunks(call, tail.chunks, torch.tensor([[length]], device=device))[:, 0]
@@ -330,6 +342,7 @@ def _tiles(call: _Call) -> Tensor:
                 value[:, :tokens].unflatten(0, (batch, kv_heads)),
                 allowed.unflatten(0, (batch, kv_heads)),
                 call.scale,
+                call.scoring,
             )
         else:
             ends = torch.arange(first + 1, tokens + 1, device=device)[None]

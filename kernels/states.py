@@ -1,7 +1,7 @@
 """Handles: how a compiled graph names the K/V of a layer.
 
-A handle is a one-element int64 CPU tensor made by `hga::open`. It is an operand of every op that touches the
-layer's K/V, and listed as mutated, so that the compiler keeps those ops and their order. The number in it
+A handle is a one-element int64 CPU tensor filled in by `hga::open`. It is an operand of every op that touches
+the layer's K/V, and listed as mutated, so that the compiler keeps those ops and their order. The number in it
 leads to the layer's state here.
 """
 
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hga_compile.kernels.scoring import Scoring
 from hga_compile.kernels.site import SiteConfig
 
 __all__ = ["STATES", "LayerState", "States"]
@@ -41,6 +42,7 @@ class LayerState(Protocol):
         key_mask: Tensor | None,
         scale: float,
         site: SiteConfig,
+        scoring: Scoring,
     ) -> Tensor:
         """Store the new rows, then routed attention of the last queries."""
 
@@ -53,6 +55,7 @@ class LayerState(Protocol):
         key_mask: Tensor | None,
         scale: float,
         window: int,
+        scoring: Scoring,
     ) -> Tensor:
         """Store the new rows, attend to the last `window` tokens, and forget older ones."""
 

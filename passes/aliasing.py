@@ -38,13 +38,15 @@ def changed_in_place(graph: Graph) -> dict[Node, Node]:
                 groups.join(source, node)
             continue
         schema = node.target._schema
+        # What it changes is no number.
+        detaches = node.target is torch.ops.aten.detach_.default
         views = any(result.alias_info is not None for result in schema.returns)
         for place, argument in enumerate(schema.arguments):
             if argument.alias_info is None:
                 continue
             given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
             for source in _nodes(given):
-                if argument.alias_info.is_write:
+                if argument.alias_info.is_write and not detaches:
                     writes.append((source, node))
                 if views:
                     groups.join(source, node)

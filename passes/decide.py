@@ -56,6 +56,8 @@ def decide(site: Site, layer: int, layers: int, routing: Routing, values: MaskVa
         return Plan(site, verdict(Reason.SHAPE, shape))
     if not (isinstance(site.dropout, (int, float)) and site.dropout == 0):
         return Plan(site, verdict(Reason.DROPOUT, f"p = {site.dropout}"))
+    if site.weights_used:
+        return Plan(site, verdict(Reason.WEIGHTS_USED))
     one_query = site.phase == "decode"
     if site.append is None and one_query:
         return Plan(site, verdict(Reason.SINGLE_QUERY, _source_of(site.key)))
@@ -93,6 +95,8 @@ def decide(site: Site, layer: int, layers: int, routing: Routing, values: MaskVa
         if site.append is None:
             return Plan(site, verdict(Reason.SLIDING_WINDOW, f"window {window}, no cache"))
         return Plan(site, verdict(Reason.SLIDING_WINDOW, f"window {window}"), padding, window=window)
+    if routing.tail == "estimate" and (site.softcap or site.sinks is not None):
+        return Plan(site, verdict(Reason.TAIL, "routing.tail"))
     if routing.is_dense(layer, layers):
         return Plan(site, verdict(Reason.CONFIGURED, f"layer {layer} (routing.dense_layers)"))
     if site.append is None and routing.prefill == "dense":
@@ -131,7 +135,7 @@ def _shared(site: Site) -> bool:
 def _reaches(node: Node, site: Site) -> bool:
     """Say whether every use of a node leads to the site, over views alone."""
     for user in node.users:
-        if user is site.node and node not in (site.query, site.mask):
+        if user in site.inside and node not in (site.query, site.mask):
             continue
         view = str(user.target) in _VIEWS
         if not view or not _reaches(user, site):
@@ -143,6 +147,9 @@ _VIEWS = frozenset(
     f"aten.{name}"
     for name in (
         "unsqueeze.default",
+        "transpose.int",
+        "permute.default",
+        "mT.default",
         "expand.default",
         "reshape.default",
         "view.default",

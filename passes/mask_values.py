@@ -352,6 +352,19 @@ def _and(values: MaskValues, node: Node) -> Value:
     return values.truth(node.args[0]).both(values.truth(node.args[1]))
 
 
+@_rule("aten.logical_not.default", "aten.bitwise_not.default")
+def _not(values: MaskValues, node: Node) -> Value:
+    if node.meta["val"].dtype is not torch.bool:
+        raise NotUnderstood(f"{node.target} of integers")
+    facts = values.truth(node.args[0]).facts
+    (fact,) = facts if len(facts) == 1 else (None,)
+    if not isinstance(fact, AtMost):
+        raise NotUnderstood("the opposite of more than one inequality")
+    # Not f <= 0 is f >= 1, which is 1 - f <= 0.
+    formula = fact.formula.times(-_ONE).plus(Affine((), _ONE))
+    return Truth(frozenset([AtMost(formula)]), formula.rank)
+
+
 @_rule("aten.diff.default")
 def _diff(values: MaskValues, node: Node) -> Value:
     order = node.args[1] if len(node.args) > 1 else 1

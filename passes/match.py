@@ -14,6 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hga_compile.kernels import ops
 from hga_compile.passes.aliasing import changed_in_place
+from hga_compile.passes.chains import Chain, find_chains
+from hga_compile.passes.float_masks import visible_where
 
 __all__ = ["Site", "Unmatched", "find_sites", "find_unmatched"]
 
@@ -24,19 +26,24 @@ _RESHAPES = frozenset(
     for name in ("reshape.default", "view.default", "_unsafe_view.default", "flatten.using_ints")
 )
 del ops  # imported for the registration of the ops
+_FUSED = frozenset(
+    f"aten.{name}.default" for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+)
 _KEEPS = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One `scaled_dot_product_attention` node and where its operands come from."""
+    """One attention, `scaled_dot_product_attention` or written out, and where its operands come from."""
 
     node: Node
+    """Its output."""
     query: Node
     key: Node
     """Before KV heads were repeated."""
     value: Node
     mask: Node | None
+    """True where a key is visible, or a float mask that is not understood."""
     dropout: Any
     causal: bool
     """The `is_causal` argument."""
@@ -45,6 +52,16 @@ class Site:
     append: Node | None
     """The `hga::append` that K and V are the outputs of."""
     layer: int | None
+    inside: frozenset[Node]
+    """The nodes that it is made of."""
+    softcap: float = 0.0
+    """0: none."""
+    sinks: Node | None = None
+    """``[query_heads]`` logits."""
+    order: tuple[int, ...] = (0, 1, 2, 3)
+    """Permutation of ``[batch, heads, queries, dim]`` that the output is in."""
+    weights_used: bool = False
+    """Whether something else reads the attention weights."""
 
     @property
     def queries(self) -> Any:
@@ -64,36 +81,114 @@ class Site:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """An `hga::append` whose K and V no site was seen to read."""
+    """What holds an attention that no site was found for.
+
+    An `hga::append` whose K and V no site reads, attention written out in an unknown form, or a fused layer.
+    """
 
     node: Node
     layer: int | None
+    detail: str = ""
 
     @property
     def phase(self) -> str:
         """`decode` for one new row, else `prefill`."""
+        if self.node.target is not _APPEND:
+            return "any"
         return _phase(self.node.args[0].meta["val"].shape[2])  # type: ignore[union-attr]
 
 
 def find_sites(graph: Graph) -> list[Site]:
-    """Return every attention site, in the order in which the graph runs."""
-    nodes = graph.find_nodes(op="call_function", target=_SDPA)
+    """Return every attention site, in the order in which the graph runs.
+
+    Parameters
+    ----------
+    graph : Graph
+        A private copy: views of operands may be added, which nothing reads yet.
+    """
     changed = changed_in_place(graph)
-    return [_read(node, layer, changed) for node, layer in zip(nodes, _layers_of(nodes), strict=True)]
+    chains = {chain.product: chain for chain in find_chains(graph, changed)[0]}
+    if chains:
+        changed = changed_in_place(graph)  # the added views too
+    found = {*graph.find_nodes(op="call_function", target=_SDPA), *chains}
+    nodes = [node for node in graph.nodes if node in found]
+    return [
+        _read_chain(graph, chains[node], layer, changed)
+        if node in chains
+        else _read(graph, node, layer, changed)
+        for node, layer in zip(nodes, _layers_of(nodes), strict=True)
+    ]
 
 
 def find_unmatched(graph: Graph, sites: Sequence[Site]) -> list[Unmatched]:
-    """Return the appends that belong to none of the sites, in the order in which the graph runs."""
+    """Return what holds an attention that belongs to none of the sites, in the graph's order."""
     matched = {site.append for site in sites}
-    nodes = [node for node in graph.find_nodes(op="call_function", target=_APPEND) if node not in matched]
-    return [Unmatched(node, layer) for node, layer in zip(nodes, _layers_of(nodes), strict=True)]
+    details: dict[Node, str] = {}
+    for node in graph.nodes:
+        if node.target is _APPEND and node not in matched:
+            details[node] = ""
+        elif str(node.target) in _FUSED:
+            details[node] = "a fused layer"
+    details |= dict.fromkeys(find_chains(graph, changed_in_place(graph))[1], "softmax of an unknown form")
+    nodes = list(details)
+    found = [
+        Unmatched(node, layer, details[node]) for node, layer in zip(nodes, _layers_of(nodes), strict=True)
+    ]
+    # The softmax that reads a store is not another site.
+    reading = {left.layer for left in found if left.node.target is _APPEND}
+    return [left for left in found if left.node.target is _APPEND or left.layer not in reading]
 
 
 def _phase(queries: Any) -> str:
     return "decode" if isinstance(queries, int) and queries == 1 else "prefill"
 
 
-def _read(node: Node, layer: int | None, changed: Mapping[Node, Node]) -> Site:
+def _read_chain(graph: Graph, chain: Chain, layer: int | None, changed: Mapping[Node, Node]) -> Site:
+    key, value = _before_repeat(chain.key, changed), _before_repeat(chain.value, changed)
+    mask = chain.scores.bias
+    if mask is None:
+        for part, visible in chain.scores.masks:
+            straight = _visible(graph, chain.product, part, visible)
+            mask = straight if mask is None else _added(
+                graph, chain.product, torch.ops.aten.logical_and.default, mask, straight
+            )  # fmt: skip
+    return Site(
+        node=chain.product,
+        query=chain.query,
+        key=key,
+        value=value,
+        mask=mask,
+        dropout=chain.dropout,
+        causal=False,
+        scale=chain.scores.scale,
+        append=_append_of(key, value, changed),
+        layer=layer,
+        inside=chain.inside,
+        softcap=chain.scores.softcap,
+        sinks=chain.scores.sinks,
+        order=chain.order,
+        weights_used=chain.weights_used,
+    )
+
+
+def _visible(graph: Graph, before: Node, mask: Node, visible: bool) -> Node:
+    """Return a bool mask in four dimensions, True where a key is visible."""
+    if not visible:
+        inverted = str(mask.target) in ("aten.bitwise_not.default", "aten.logical_not.default")
+        mask = mask.args[0] if inverted else _added(graph, before, torch.ops.aten.logical_not.default, mask)  # type: ignore[assignment]
+    while mask.meta["val"].dim() < 4:
+        mask = _added(graph, before, torch.ops.aten.unsqueeze.default, mask, 0)
+    return mask
+
+
+def _added(graph: Graph, before: Node, target: Any, *args: Any) -> Node:
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
+    return node
+
+
+def _read(graph: Graph, node: Node, layer: int | None, changed: Mapping[Node, Node]) -> Site:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
     given |= dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -105,17 +200,23 @@ def _read(node: Node, layer: int | None, changed: Mapping[Node, Node]) -> Site:
         scale = 1 / math.sqrt(channels) if isinstance(channels, int) else None
     elif not isinstance(scale, (int, float)):
         scale = None
+    mask = given["attn_mask"]
+    if mask is not None:
+        added = mask.meta["val"].dtype is not torch.bool
+        bools = visible_where(mask, query.meta["val"].dtype, changed) if added else (mask, True)
+        mask = mask if bools is None else _visible(graph, node, *bools)
     return Site(
         node=node,
         query=query,
         key=key,
         value=value,
-        mask=given["attn_mask"],
+        mask=mask,
         dropout=given["dropout_p"],
         causal=bool(given["is_causal"]),
         scale=scale,
         append=_append_of(key, value, changed),
         layer=layer,
+        inside=frozenset([node]),
     )
 
 

@@ -73,6 +73,8 @@ def rewrite_graph(graph: GraphModule, profile: Profile, layers: int | None = Non
         started = now
 
     new = copy.copy(retrace(graph))
+    # What nothing reads must not look like another reader.
+    new.graph.eliminate_dead_code()
     lap("retrace")
     sites = find_sites(new.graph)
     lap("match")
@@ -87,7 +89,7 @@ def rewrite_graph(graph: GraphModule, profile: Profile, layers: int | None = Non
     ]
     lap("decide")
     decisions = tuple(plan.decision for plan in plans) + tuple(
-        Decision(left.node.name, left.layer, left.phase, Reason.NOT_MATCHED)
+        Decision(left.node.name, left.layer, left.phase, Reason.NOT_MATCHED, left.detail)
         for left in find_unmatched(new.graph, sites)
     )
     if profile.compile.strict:

@@ -1,10 +1,13 @@
 """Rewrite: put hga's ops in the place of the sites that were proven, on a copy of the graph."""
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.passes.decide import Plan
+from hga_compile.passes.match import Site
 
 __all__ = ["rewrite"]
 
@@ -26,10 +29,11 @@ def rewrite(graph: GraphModule, plan: Plan, config: SiteConfig) -> None:
         mask = plan.padding
         if plan.single_query_mask is not None:
             mask = _table(graph, plan.single_query_mask)
+        form = () if site.softcap == 0 and site.sinks is None else (site.softcap, site.sinks)
         if site.append is None:
             new = graph.graph.call_function(
                 torch.ops.hga.attention.default,
-                (site.query, site.key, site.value, mask, site.scale, config.to_text()),
+                (site.query, site.key, site.value, mask, site.scale, config.to_text(), *form),
             )
         else:
             key, value, handle, length = site.append.args
@@ -40,13 +44,45 @@ def rewrite(graph: GraphModule, plan: Plan, config: SiteConfig) -> None:
             )
             last = config.to_text() if plan.window is None else plan.window
             new = graph.graph.call_function(
-                target, (site.query, key, value, handle, length, mask, site.scale, last)
+                target, (site.query, key, value, handle, length, mask, site.scale, last, *form)
             )
-    new.meta = dict(node.meta)
+        query, channels = site.query.meta["val"], site.value.meta["val"].shape[3]
+        new.meta = dict(node.meta) | {"val": query.new_empty((*query.shape[:3], channels))}
+        new = _as_before(graph, new, node, site.order)
     node.replace_all_uses_with(new)
-    graph.graph.erase_node(node)
+    _erase_unread(graph, node, site)
     if site.append is not None:
-        _erase_views(graph, site.append)
+        graph.graph.erase_node(site.append)
+
+
+def _as_before(graph: GraphModule, new: Node, old: Node, order: tuple[int, ...]) -> Node:
+    """Bring the result into order, shape and dtype of what it replaces."""
+    aten, wanted = torch.ops.aten, old.meta["val"]
+    steps: list[tuple[Any, ...]] = []
+    if order != (0, 1, 2, 3):
+        steps.append((aten.permute.default, list(order)))
+    if wanted.dim() == 3:
+        steps.append((aten.reshape.default, list(wanted.shape)))
+    if wanted.dtype != new.meta["val"].dtype:
+        steps.append((aten.to.dtype, wanted.dtype))
+    for target, argument in steps:
+        value = target(new.meta["val"], argument)
+        sizes = argument
+        if target is aten.reshape.default:
+            sizes = [-1, *wanted.shape[1:]] if isinstance(wanted.shape[0], torch.SymInt) else argument
+            sizes = [_size(graph, new, dim, size) for dim, size in enumerate(sizes)]
+        new = graph.graph.call_function(target, (new, sizes))
+        new.meta = dict(old.meta) | {"val": value}
+    return new
+
+
+def _size(graph: GraphModule, four: Node, dim: int, size: Any) -> Any:
+    """Return a size as an operand: dimension `dim` of three is the one behind it of four."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    node = graph.graph.call_function(torch.ops.aten.sym_size.int, (four, dim + 1))
+    node.meta["val"] = size
+    return node
 
 
 def _table(graph: GraphModule, mask: Node) -> Node:
@@ -59,8 +95,13 @@ def _table(graph: GraphModule, mask: Node) -> Node:
     return node
 
 
-def _erase_views(graph: GraphModule, node: Node) -> None:
-    """Erase a node and the views of it, which nothing reads any more; an append is no dead code by itself."""
-    for user in list(node.users):
-        _erase_views(graph, user)
+def _erase_unread(graph: GraphModule, node: Node, site: Site) -> None:
+    """Erase a node that nothing reads, and the nodes that only it read; an append is erased by the caller."""
+    writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    # What is written in place may be read under another name, but for the memory of the site itself.
+    if node.users or node.op != "call_function" or (writes and node not in site.inside):
+        return
+    sources = node.all_input_nodes
     graph.graph.erase_node(node)
+    for source in sources:
+        _erase_unread(graph, source, site)

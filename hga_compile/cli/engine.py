@@ -166,10 +166,6 @@ class Routed:
         use = self._totals(phase)
         return float(use.kv_bytes + use.summary_bytes)
 
-    def attended(self) -> float:
-        """Return the share of the visible tokens that was attended to, in both phases together."""
-        return float(self._totals(None).attended_fraction)
-
     def memory(self, cache: Any) -> dict[str, int]:
         """Return the bytes that a cache holds by place."""
         import hga_compile
@@ -190,7 +186,7 @@ class Routed:
             "fallbacks": dict(report.fallbacks),
         }
 
-    def _totals(self, phase: str | None) -> Any:
+    def _totals(self, phase: str) -> Any:
         import hga_compile
 
         return hga_compile.report().totals(phase)

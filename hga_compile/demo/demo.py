@@ -60,7 +60,7 @@ def run_demo(settings: Settings, say: Say = lambda _: None) -> Result:
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     recording = Recording(settings.picture, layers)
     hga = _side(engine, tokenizer, parts, comparison.compare, recording)
-    _draw(settings.picture, recording, document, tokenizer, settings.profile.routing, engine, hga)
+    _draw(settings.picture, recording, document, tokenizer, settings.profile.routing, hga)
     return Result(
         settings=settings,
         document=document,
@@ -99,7 +99,6 @@ def _draw(
     document: Document,
     tokenizer: Any,
     routing: Any,
-    engine: Routed,
     hga: Side,
 ) -> None:
     if picture is None:
@@ -113,7 +112,7 @@ def _draw(
         document=document,
         tokenizer=tokenizer,
         routing=routing,
-        attended=engine.attended(),
+        attended=(hga.prefill_reads["attended"] or 0.0, hga.decode_reads["attended"] or 0.0),
         answer=hga.reading.tokens,
     )
 

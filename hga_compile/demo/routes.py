@@ -15,6 +15,7 @@ from hga_compile.demo.density import Route, density, fact_share, pooled
 from hga_compile.demo.text import Document, Span
 
 CELLS = 512  # of the large panel, in each direction
+CONTRAST = 0.75  # below 1: what few queries read stays visible
 AROUND = 16  # tokens shown on each side of the fact
 INK, FAINT, FACT_COLOUR = "#23263a", "#8a8fa3", "#d1345b"
 UNSEEN, SKIPPED, SINKS, WINDOW = "#ffffff", "#eceef4", "#f2a03d", "#2a9d8f"
@@ -47,7 +48,7 @@ def draw_routes(
     document: Document,
     tokenizer: Any,
     routing: Any,
-    attended: float,
+    attended: tuple[float, float],
     answer: Sequence[int],
 ) -> None:
     """Draw the routes of a reading to a PNG.
@@ -67,7 +68,7 @@ def draw_routes(
     routing
         Routing settings of the profile, for sinks and window.
     attended
-        Share of the visible tokens that was attended to, for the title.
+        Share of the visible tokens that was attended to in prefill and decode, for the title.
     answer
         Decoded tokens.
     """
@@ -96,7 +97,8 @@ def draw_routes(
     _zoom(zoom, all_layers, document, tokenizer, prompt, total, answer)
 
     figure.suptitle(
-        f"Which tokens were routed to: {percent(attended)} of the visible tokens attended",
+        f"Which tokens were routed to: {percent(attended[0])} of the visible ones in prefill, "
+        f"{percent(attended[1])} in decode",
         x=0.055, ha="left", fontsize=15, fontweight="bold", color=INK,
     )  # fmt: skip
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -114,7 +116,7 @@ def _whole(axes: Any, records: Sequence[Route], total: int, fact: Span, routing:
 
     cell = max(1, -(-total // CELLS))
     shares = pooled(density(records, first=0, end=total, cell=cell), cell)
-    image = _colours()(np.sqrt(shares))[..., :3]
+    image = _colours()(shares**CONTRAST)[..., :3]
     row, column = np.arange(len(shares))[:, None], np.arange(shares.shape[1])[None]
     last = np.minimum(total, (row + 1) * cell)  # tokens visible to the last query of a row of cells
     window = np.array([routing.window.tokens_for(routing.budget.tokens_for(int(n))) for n in last[:, 0]])[
@@ -143,20 +145,18 @@ def _whole(axes: Any, records: Sequence[Route], total: int, fact: Span, routing:
     axes.legend(handles=keys, loc="upper right", frameon=False, fontsize=9.5, labelcolor=INK)
     if 0 < routing.dense_below < total:
         axes.axhline(routing.dense_below, color=FAINT, linewidth=0.8, linestyle=":")
-        axes.text(total * 0.99, routing.dense_below, f"dense up to {routing.dense_below:,} visible tokens",
-                  ha="right", va="bottom", color=FAINT, fontsize=8.5)  # fmt: skip
+        axes.text(total * 0.99, routing.dense_below, f"dense up to {routing.dense_below:,} visible tokens ",
+                  ha="right", va="top", color=FAINT, fontsize=8.5)  # fmt: skip
     axes.set_ylabel("query (token)", color=INK)
     axes.set_xlabel("position of the token that is read", color=INK)
     _plain(axes)
 
 
 def _question(axes: Any, records: Sequence[Route], first: int, prompt: int, total: int, fact: Span) -> None:
-    import numpy as np
-
     cell = max(1, -(-total // CELLS))
     shares = density(records, first=first, end=total, cell=cell)
     extent = (0, shares.shape[1] * cell, total, first)
-    axes.imshow(_colours()(np.sqrt(shares)), extent=extent, interpolation="nearest", aspect="auto")
+    axes.imshow(_colours()(shares**CONTRAST), extent=extent, interpolation="nearest", aspect="auto")
     axes.set_xlim(0, total)
     axes.axhline(prompt - 0.5, color=INK, linewidth=0.8)
     for label, low, high in (("question", first, prompt), ("answer", prompt, total)):
@@ -182,7 +182,9 @@ def _zoom(
     left, right = max(0, fact.start - AROUND), min(prompt, fact.end + AROUND)
     written = min(len(answer) - 1, 20, _end(tokenizer, answer))
     shares = density(records, first=prompt - 1, end=prompt + written, cell=1)[:, left:right]
-    shown = axes.imshow(shares, cmap=_colours(), vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    shown = axes.imshow(
+        shares, cmap=_colours(), vmin=0, vmax=max(0.05, shares.max()), interpolation="nearest", aspect="auto"
+    )
     axes.set_xticks(range(right - left), [_label(tokenizer, token) for token in document.ids[left:right]],
                     rotation=90, fontsize=7.5)  # fmt: skip
     nexts = [_label(tokenizer, token) for token in answer[: written + 1]]

@@ -9,6 +9,7 @@ from torch import Tensor
 from hga_compile.kernels.attend import attend_window
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.routed import routed_attention
+from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.kernels.states import STATES
 from hga_compile.store.pages import Pages
@@ -106,6 +107,7 @@ class LayerStore:
         key_mask: Tensor | None,
         scale: float,
         site: SiteConfig,
+        scoring: Scoring = PLAIN,
     ) -> Tensor:
         """Store new rows, then routed attention of the last queries (see `kernels.routed`)."""
         if self.pages is None:
@@ -115,7 +117,9 @@ class LayerStore:
         self.put(key, value, length)
         pages, index = self._settle(site)
         source = _Joined(pages, key.detach().flatten(0, 1), value.detach().flatten(0, 1), length)
-        return routed_attention(query, source, index, length, key_mask, scale, site.routing, site.layer)
+        return routed_attention(
+            query, source, index, length, key_mask, scale, site.routing, site.layer, scoring
+        )
 
     @_lasting
     def attend_window(
@@ -127,6 +131,7 @@ class LayerStore:
         key_mask: Tensor | None,
         scale: float,
         window: int,
+        scoring: Scoring = PLAIN,
     ) -> Tensor:
         """Store new rows, attend exactly within the window, forget what no later query can see."""
         batch, heads, new, _ = key.shape
@@ -160,7 +165,7 @@ class LayerStore:
         mask = None if key_mask is None else key_mask[:, first:length].bool()
         grouped = query.reshape(batch, heads, -1, new, query.shape[3])
         assert first <= max(0, begin - window + 1)  # Recent.put checked it
-        out = attend_window(grouped, keys, values, mask, scale, window)
+        out = attend_window(grouped, keys, values, mask, scale, window, scoring)
         return out.reshape(batch, -1, new, values.shape[3])
 
     def truncate(self, length: int) -> None:

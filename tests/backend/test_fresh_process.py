@@ -1,82 +1,105 @@
-"""One line, no import: each way of asking for the backend, in a process that has never heard of it."""
+"""In a fresh process, without an import of hga_compile, each one-line form runs routed attention."""
 
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-START = """
+HERE = Path(__file__).resolve().parent
+HEAD = f"""
 import json, sys, warnings
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-torch.manual_seed(0)
-config = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, eos_token_id=None,
-    bos_token_id=None)
-model = LlamaForCausalLM(config).eval()
-ids = torch.randint(0, 96, (1, 300))
-settings = dict(max_new_tokens=8, do_sample=False)
-options = {"inner": "eager", "budget": 64, "routing.dense_below": 64, "routing.centre_tokens": 32}
+sys.path.insert(0, {str(HERE)!r})
+from tiny_models import make_model, tokens
+torch.set_num_threads(1)
+model, prompt = make_model("llama"), tokens(2, 40)
+settings = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
+dense = model.generate(prompt, **settings)
+options = {{"inner": "eager"}}
 assert "hga_compile" not in sys.modules
-"""
-END = """
-import hga_compile
-report = hga_compile.report()
-print(json.dumps({
-    "routed": sorted({site.phase for site in report.sites if site.routed}),
-    "reasons": sorted({site.reason for site in report.sites}),
-    "prefill": report.totals("prefill").attended_fraction,
-    "decode": report.totals("decode").attended_fraction,
-}))
+caught = []
 """
 FORMS = {
-    "torch.compile": 'torch.compile(model, backend="hga", options=options).generate(ids, **settings)',
-    "model.compile": 'model.compile(backend="hga", options=options); model.generate(ids, **settings)',
-}
-
-
-def run(body):
-    done = subprocess.run(
-        [sys.executable, "-c", START + body + END],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_generate_runs_routed_attention(form):
-    found, _ = run(FORMS[form])
-    assert found["routed"] == ["decode", "prefill"]
-    assert 0 < found["prefill"] < 0.9 and 0 < found["decode"] < 0.3
-
-
-COMPILE_CONFIG = """
+    "torch.compile": """
+model = torch.compile(model, backend="hga", options=options)
+routed = model.generate(prompt, **settings)
+""",
+    "model.compile": """
+model.compile(backend="hga", options=options)
+routed = model.generate(prompt, **settings)
+""",
+    "CompileConfig": """
+from transformers import CompileConfig
+config = CompileConfig(backend="hga", mode=None, options=options)
+config._compile_all_devices = True
+from hga_compile import HGACache
+routed = model.generate(prompt, past_key_values=HGACache(model.config), compile_config=config, **settings)
+""",
+    "CompileConfig in a GenerationConfig, static cache": """
 from transformers import CompileConfig, GenerationConfig
-chosen = CompileConfig(backend="hga", mode=None, options=options)
-chosen._compile_all_devices = True  # transformers compiles on accelerators only
-generation = GenerationConfig(compile_config=chosen, **settings)
+config = CompileConfig(backend="hga", mode=None, options=options)
+config._compile_all_devices = True
+generation = GenerationConfig(
+    compile_config=config, cache_implementation="static", max_new_tokens=5, do_sample=False, pad_token_id=0
+)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    routed = model.generate(prompt, attention_mask=settings["attention_mask"], generation_config=generation)
+""",
+}
+TAIL = """
+import hga_compile
+report = hga_compile.report()
+print("RESULT" + json.dumps({
+    "same": torch.equal(routed, dense),
+    "phases": sorted({site.phase for site in report.sites if site.routed}),
+    "used": sorted({use.phase for use in report.layers}),
+    "reasons": sorted({site.reason for site in report.sites}),
+    "warnings": [str(entry.message) for entry in caught],
+}))
 """
 
 
-def test_compile_config_with_an_hga_cache_decodes_routed():
-    found, _ = run(
-        COMPILE_CONFIG
-        + "from hga_compile import HGACache\n"
-        + "model.generate(ids, generation_config=generation, past_key_values=HGACache(config))"
+def result_of(form: str) -> dict:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HGA_")}
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + FORMS[form] + TAIL],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment | {"OMP_NUM_THREADS": "1"},
     )
-    assert found["routed"] == ["decode"] and 0 < found["decode"] < 0.3
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    return json.loads(line.removeprefix("RESULT"))
 
 
-def test_compile_config_with_a_static_cache_says_what_to_write():
-    found, errors = run(
-        COMPILE_CONFIG
-        + 'generation.cache_implementation = "static"\nmodel.generate(ids, generation_config=generation)'
-    )
-    assert found["routed"] == []
-    assert "past_key_values=HGACache(model.config)" in errors
+@pytest.fixture(scope="module")
+def results():
+    """All forms, two processes at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FORMS, pool.map(result_of, FORMS), strict=True))
+
+
+@pytest.mark.parametrize("form", ["torch.compile", "model.compile"])
+def test_generate_routes_prefill_and_decode(results, form):
+    assert results[form]["phases"] == results[form]["used"] == ["decode", "prefill"]
+    assert results[form]["same"]  # so short a context is attended to in full
+
+
+def test_a_compile_config_routes_decoding_with_our_cache(results):
+    result = results["CompileConfig"]
+    assert result["phases"] == result["used"] == ["decode"]
+    assert result["same"]
+
+
+def test_a_static_cache_is_dense_and_a_warning_says_what_to_write(results):
+    result = results["CompileConfig in a GenerationConfig, static cache"]
+    assert result["same"] and result["phases"] == result["used"] == []
+    assert any("static cache" in reason or "one query" in reason for reason in result["reasons"])
+    (text,) = [text for text in result["warnings"] if "static cache" in text]
+    assert "HGACache(model.config)" in text and 'model.compile(backend="hga")' in text

@@ -43,7 +43,7 @@ def refusal(options, model=None):
         ({"routing.group_sise": 4}, ["routing.group_sise", "did you mean 'routing.group_size'"]),
         ({"routing": {"sink": 4}}, ["routing.sink", "sinks"]),
         ({"budget": 0}, ["budget", "got 0"]),
-        ({"budget": "3%"}, ["budget", "got '3%'"]),
+        ({"budget": "3%"}, ["budget", 'got "3%"']),
         ({"routing.group_size": 24}, ["group_size must divide chunk_size", "16 or 32"]),
         ({"inner": "inductr"}, ["inner", "inductr"]),
         ({"strict": "yes"}, ["strict", "yes"]),

@@ -90,10 +90,17 @@ def run_whole(setting: Routing, given: Inputs, layer: int = 0) -> Tensor:
     return ops.attention(given.query, given.key, given.value, given.mask, given.scale, site(setting, layer))
 
 
+def opened(key: Tensor, value: Tensor) -> Tensor:
+    """Open a store that starts with these rows; return its handle."""
+    handle = torch.empty(1, dtype=torch.int64, device="cpu")
+    ops.open_state(key, value, handle)
+    return handle
+
+
 def run_steps(setting: Routing, given: Inputs, steps: Sequence[int], layer: int = 0) -> Tensor:
     """The same sequence through one cache, `steps` tokens at a time."""
     assert sum(steps) == given.tokens
-    handle = ops.open_state(given.key[:, :, :0], given.value[:, :, :0])
+    handle = opened(given.key[:, :, :0], given.value[:, :, :0])
     parts, length = [], 0
     for step in steps:
         begin, length = length, length + step

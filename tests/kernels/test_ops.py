@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import pytest
 import torch
 from cases import Inputs, inputs, left_padding, routing, site, store_of
 from torch import Tensor
 from torch.library import opcheck
 
-from hga_compile.kernels import ops
 from hga_compile.kernels.states import STATES
 
 HGA = torch.ops.hga
@@ -18,7 +18,7 @@ WINDOW = 20
 
 
 def opened(given: Inputs, tokens: int) -> Tensor:
-    return ops.open_state(given.key[:, :, :tokens], given.value[:, :, :tokens])
+    return cases.opened(given.key[:, :, :tokens], given.value[:, :, :tokens])
 
 
 def rows(given: Inputs, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,9 +86,10 @@ def test_is_registered_as_it_behaves(name: str, case: str, device: torch.device)
 def test_open_is_registered_as_it_behaves(tokens: int, device: torch.device) -> None:
     key, value = (part[:, :, :tokens] for part in (inputs().to(device).key, inputs().to(device).value))
     # Every run makes another handle. Handles are names, not quantities: any two of them are as good.
-    opcheck(HGA.open.default, (key, value), atol=1e18, rtol=1.0)
-    first, second = HGA.open(key, value), HGA.open(key, value)
-    assert int(first) != int(second) and first.device.type == "cpu"
+    handle = torch.zeros(1, dtype=torch.int64)
+    opcheck(HGA.open.default, (key, value, handle), atol=1e18, rtol=1.0)
+    first, second = (cases.opened(key, value) for _ in range(2))
+    assert int(first) != int(second) and store_of(first).length == tokens
 
 
 def snapshot(handle: Tensor) -> tuple[int, list[Tensor]]:
@@ -275,8 +276,10 @@ def test_rows_that_do_not_fit_are_refused_and_change_nothing(name: str) -> None:
 def test_the_first_rows_must_belong_together() -> None:
     given = inputs()
     for bad in (given.value[:, :1], given.value[:, :, :1], given.value.half()):
+        before = STATES.count()
         with pytest.raises(RuntimeError, match="values must match their keys"):
-            ops.open_state(given.key, bad)
+            cases.opened(given.key, bad)
+        assert STATES.count() == before
         handle = opened(given, 0)
         with pytest.raises(RuntimeError, match="values must match their keys"):
             HGA.append(given.key, bad, handle, 130)
@@ -319,3 +322,26 @@ def test_reading_checks_what_the_cache_believes() -> None:
         HGA.read(handle, [1, 2, 99, 16], 16, torch.float32, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="no K/V is stored yet"):
         HGA.read(opened(given, 0), [1, 2, 0, 16], 16, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_two_stores_opened_alike_in_one_graph_are_two(grad: bool) -> None:
+    """AOT merges equal calls in graphs with gradients."""
+    given = inputs()
+
+    def two(key: Tensor, value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        handles, outs = [], []
+        for factor in (1, 2):
+            handle = torch.empty(1, dtype=torch.int64)
+            HGA.open(key[:, :, :0], value[:, :, :0], handle)
+            outs.append(HGA.append(key * factor, value * factor, handle, key.shape[2])[0] @ weight)
+            handles.append(handle)
+        return (*handles, *outs)
+
+    torch._dynamo.reset()
+    weight = torch.randn(given.key.shape[3], 4, requires_grad=grad)
+    compiled = torch.compile(two, backend="aot_eager_decomp_partition", fullgraph=True)
+    one, other, small, large = compiled(given.key, given.value, weight)
+    assert int(one) != int(other)
+    assert torch.equal(2 * small, large)
+    assert torch.equal(2 * store_of(one).full()[0], store_of(other).full()[0])

@@ -6,7 +6,18 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from cases import Inputs, attended, inputs, left_padding, recorded_groups, routing, run_steps, run_whole, site
+from cases import (
+    Inputs,
+    attended,
+    inputs,
+    left_padding,
+    opened,
+    recorded_groups,
+    routing,
+    run_steps,
+    run_whole,
+    site,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from naive import Answer, attend_naively
@@ -190,7 +201,7 @@ def test_history_stored_before_is_routed_to(device: torch.device) -> None:
         given = inputs()
         late = given.query[:, :, 120:]
         want = attend_naively(setting, late, given.key, given.value, given.scale, all_queries=late[:, :, :1])
-        handle = ops.open_state(given.key[:, :, :120].to(device), given.value[:, :, :120].to(device))
+        handle = opened(given.key[:, :, :120].to(device), given.value[:, :, :120].to(device))
         for position in range(120, 130):
             new = slice(position, position + 1)
             row = (part[:, :, new].to(device) for part in (given.query, given.key, given.value))

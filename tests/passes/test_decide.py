@@ -133,7 +133,17 @@ def test_is_causal_with_more_keys_than_queries_is_another_alignment():
 def test_an_additive_mask_stays(dtype):
     plan, *_ = masked(lambda m: m, 6, 6, torch.zeros(1, HEADS, 6, 6, dtype=torch.float32))
     assert plan.decision.reason is Reason.FLOAT_MASK
-    plan, *_ = masked(lambda: torch.where(causal(6, 6), 0.0, float("-inf")), 6, 6)
+    plan, *_ = masked(lambda m: torch.where(causal(6, 6), m, float("-inf")), 6, 6, torch.zeros(6, 6))
+    assert plan.decision.reason is Reason.FLOAT_MASK
+
+
+@pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min])
+def test_a_float_mask_that_only_hides_is_a_bool_mask(hidden):
+    plan, *_ = masked(lambda: torch.where(causal(6, 6), 0.0, hidden), 6, 6)
+    assert plan.decision.reason is Reason.ROUTED
+    plan, *_ = masked(lambda: torch.zeros(6, 6).masked_fill(~causal(6, 6), hidden), 6, 6)
+    assert plan.decision.reason is Reason.ROUTED
+    plan, *_ = masked(lambda: torch.where(causal(6, 6), 0.0, -100.0), 6, 6)
     assert plan.decision.reason is Reason.FLOAT_MASK
 
 
@@ -143,7 +153,7 @@ def test_a_mask_from_outside_for_several_queries_stays_unproven(shape):
     assert plan.decision.reason is Reason.UNPROVEN_MASK
 
 
-@pytest.mark.parametrize("shape", [(BATCH, HEADS, 1, 9), (BATCH, 1, 1, 1), (1, 9)])
+@pytest.mark.parametrize("shape", [(BATCH, HEADS, 1, 9), (BATCH, 1, 1, 1)])
 def test_a_mask_of_one_query_that_is_no_table_stays_unproven(shape):
     plan = cached(lambda q, k, v, m: sdpa(q, k, v, m), 1, 9, torch.ones(shape, dtype=torch.bool))
     assert plan.decision.reason is Reason.UNPROVEN_MASK

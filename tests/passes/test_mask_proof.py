@@ -69,6 +69,7 @@ PROVEN = {
     "the same, written with ge": (lambda: query(12, 12) >= key(12), 12, 12, ()),
     "the same, written with lt": (lambda: key(12) < query(12, 12) + 1, 12, 12, ()),
     "the same, as a difference": (lambda: query(12, 12) - key(12) >= 0, 12, 12, ()),
+    "logical_not of the complement": (lambda: torch.logical_not(key(12) > query(12, 12)), 12, 12, ()),
     "expanded": (lambda: causal().expand(BATCH, 1, 12, 12), 12, 12, ()),
     "sliced out of a larger one": (lambda: causal(20, 20)[:, :, 8:, 8:], 12, 12, ()),
     "rows sliced out of a larger one": (lambda: causal(12, 12)[:, :, 7:], 5, 12, ()),
@@ -302,7 +303,6 @@ UNPROVEN = {
     "or of two causal masks": (lambda: causal() | causal(), 12, 12, ()),
     "not: padding turned round": (lambda t: causal() & ~t[:, None, None, :], 12, 12, (PADDING,)),
     "not: a causal mask turned round": (lambda: ~causal(), 12, 12, ()),
-    "logical_not of the complement": (lambda: torch.logical_not(key(12) > query(12, 12)), 12, 12, ()),
     "a mask per head": (lambda m: causal() & m, 12, 12, (torch.rand(1, 4, 1, 12) > 0.3,)),
     "a table per head": (lambda m: causal() & m[None, :, None, :], 12, 12, (torch.rand(4, 12) > 0.3,)),
     "chunks of eight": (
@@ -350,7 +350,7 @@ def test_a_mask_of_padding_alone_is_not_causal():
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (1, 12, 12)])
-def test_a_mask_that_is_not_four_dimensional_stays_unproven(shape):
-    plan, *_ = masked(lambda: causal().reshape(shape), 12, 12)
-    assert plan.decision.reason is Reason.UNPROVEN_MASK
-    assert f"{len(shape)} dimensions" in plan.decision.detail
+def test_a_mask_of_fewer_dimensions_is_broadcast(shape):
+    plan, graph, inputs = masked(lambda: causal().reshape(shape), 12, 12)
+    assert plan.decision.routed
+    assert_claim_holds(plan, graph, inputs)
