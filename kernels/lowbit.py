@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
+from hga_compile.kernels.native import scan_scores, scan_votes
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
 __all__ = ["LowBitSummary", "decode_keys", "encode_keys"]
-
-# Queries times heads up to which a CPU scan runs in int8.
-_FEW = 16
 
 # Step between levels, in standard deviations, that rounds a normal variable with the least square error
 # (J. Max, Quantizing for minimum distortion, 1960). A rotated key is close to normal; its scale is refitted.
@@ -58,7 +56,7 @@ def encode_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return packed.to(torch.uint8).transpose(1, 2), scales.to(torch.float16)
 
 
-def decode_levels(codes: Tensor, bits: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def decode_levels(codes: Tensor, bits: int, dim: int) -> Tensor:
     """Unpack codes to level numbers.
 
     Parameters
@@ -67,17 +65,15 @@ def decode_levels(codes: Tensor, bits: int, dim: int, dtype: torch.dtype = torch
         ``[rows, bytes, tokens]`` uint8.
     bits, dim : int
         Bits a channel and channels.
-    dtype : torch.dtype
-        float32, or uint8.
 
     Returns
     -------
     Tensor
-        ``[rows, dim, tokens]``, ``0 .. 2**bits - 1``.
+        ``[rows, dim, tokens]`` float32, ``0 .. 2**bits - 1``.
     """
     rows, _, tokens = codes.shape
     per_byte, mask = 8 // bits, 2**bits - 1
-    planes = torch.empty(rows, codes.shape[1], per_byte, tokens, dtype=dtype, device=codes.device)
+    planes = torch.empty(rows, codes.shape[1], per_byte, tokens, dtype=torch.float32, device=codes.device)
     for place in range(per_byte):
         part = codes >> (place * bits) if place else codes
         # The highest channel of a byte has nothing above it to mask away.
@@ -132,27 +128,35 @@ class LowBitSummary:
         tokens = groups * self.group_size
         codes, scales = self.codes[:, :, :tokens], self.scales[:, None, :tokens].float()
         turn, top = rotation(self.dim, codes.device), (2**self.bits - 1) / 2
-        unpacked: dict[torch.dtype, Tensor] = {}
+        levels: list[Tensor] = []
 
-        def levels(dtype: torch.dtype) -> Tensor:
-            if dtype not in unpacked:
-                unpacked[dtype] = decode_levels(codes, self.bits, self.dim, dtype)
-            return unpacked[dtype]
+        def scan(query: Tensor, limit: int) -> Tensor | None:
+            """Score one query on a CPU: unpacking alone costs more than this does."""
+            rows, heads, queries, dim = query.shape
+            if codes.device.type != "cpu" or queries != 1:
+                return None
+            end = limit * self.group_size
+            flat = query.reshape(rows, heads, dim) @ turn
+            return scan_scores(codes, scales[:, 0, :end], flat, self.bits)
 
         def score(query: Tensor, limit: int) -> Tensor:
             rows, heads, queries, dim = query.shape
-            flat = query.reshape(rows, heads * queries, dim) @ turn
-            end = limit * self.group_size
-            # On a CPU the unpacking of a single query's scan costs more than its products.
-            if flat.shape[1] <= _FEW and self.bits <= 4 and codes.device.type == "cpu" and _finite(flat):
-                token = _int8_products(flat, levels(torch.uint8)[:, :, :end].view(torch.int8))
-            else:
-                token = torch.bmm(flat, levels(torch.float32)[:, :, :end])
-            # The levels are centred through the query: one pass less over the codes.
-            token.sub_(flat.sum(-1, keepdim=True) * top).mul_(scales[:, :, :end])
+            token = scan(query, limit)
+            if token is None:
+                if not levels:
+                    levels.append(decode_levels(codes, self.bits, self.dim))
+                end = limit * self.group_size
+                flat = query.reshape(rows, heads * queries, dim) @ turn
+                token = torch.bmm(flat, levels[0][:, :, :end])
+                # The levels are centred through the query: one pass less over the codes.
+                token.sub_(flat.sum(-1, keepdim=True) * top).mul_(scales[:, :, :end])
             return token.view(rows, heads, queries, limit, self.group_size)
 
-        return score
+        def votes(query: Tensor, limit: int, vote: str) -> Tensor | None:
+            token = scan(query, limit)
+            return None if token is None else scan_votes(token, self.group_size, vote)[:, None]
+
+        return Scorer(score, votes)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows`."""
@@ -167,37 +171,6 @@ class LowBitSummary:
     def nbytes(self) -> int:
         """Return the bytes allocated."""
         return self.codes.nbytes + self.scales.nbytes + self.centre.nbytes
-
-
-def _finite(query: Tensor) -> bool:
-    return bool(torch.isfinite(query).all())
-
-
-def _int8_products(query: Tensor, levels: Tensor) -> Tensor:
-    """Products of queries with small integers in int8 arithmetic, to 16 bits of the query.
-
-    ``query = unit * (high + low / 254)`` with `high` and `low` in -127 .. 127: the products are exact, the
-    query is off by at most ``max |query| / 2**15``.
-
-    Parameters
-    ----------
-    query : Tensor
-        ``[rows, n, dim]`` float32, finite.
-    levels : Tensor
-        ``[rows, dim, tokens]`` int8, at most 15.
-
-    Returns
-    -------
-    Tensor
-        ``[rows, n, tokens]`` float32.
-    """
-    unit = query.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    high = torch.round(query / unit)
-    low = torch.round((query / unit - high) * 254)
-    pieces = torch.cat([high, low], 1).to(torch.int8)
-    out = torch.stack([torch._int_mm(piece, level) for piece, level in zip(pieces, levels, strict=True)])
-    count = query.shape[1]
-    return out[:, count:].float().div_(254).add_(out[:, :count]).mul_(unit)
 
 
 @register_summary("lowbit")

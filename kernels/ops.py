@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.kernels.index import LayerIndex
+from hga_compile.kernels.registration import register_op
 from hga_compile.kernels.routed import routed_attention
 from hga_compile.kernels.scoring import Scoring
 from hga_compile.kernels.site import SiteConfig
@@ -17,7 +18,14 @@ from hga_compile.kernels.states import STATES
 __all__ = ["append", "attention", "cached_attention", "open_state", "read_state", "window_attention"]
 
 
-@torch.library.custom_op("hga::open", mutates_args=("handle",))
+def _open_fake(key: Tensor, value: Tensor, handle: Tensor) -> None:
+    return None
+
+
+@register_op(
+    "open(Tensor key, Tensor value, Tensor(a!) handle) -> ()",
+    _open_fake,
+)
 def open_state(key: Tensor, value: Tensor, handle: Tensor) -> None:
     """Open the K/V of a layer.
 
@@ -39,12 +47,17 @@ def open_state(key: Tensor, value: Tensor, handle: Tensor) -> None:
     handle.copy_(opened)
 
 
-@open_state.register_fake
-def _open_fake(key: Tensor, value: Tensor, handle: Tensor) -> None:
-    return None
+def _append_fake(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    return (
+        key.new_empty((*key.shape[:2], length, key.shape[3])),
+        value.new_empty((*value.shape[:2], length, value.shape[3])),
+    )
 
 
-@torch.library.custom_op("hga::append", mutates_args=("handle",))
+@register_op(
+    "append(Tensor key, Tensor value, Tensor(a!) handle, SymInt length) -> (Tensor, Tensor)",
+    _append_fake,
+)
 def append(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Store new rows and return all of them: what an attention that stays dense reads.
 
@@ -67,15 +80,27 @@ def append(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tuple[Ten
     return state.full()
 
 
-@append.register_fake
-def _append_fake(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    return (
-        key.new_empty((*key.shape[:2], length, key.shape[3])),
-        value.new_empty((*value.shape[:2], length, value.shape[3])),
-    )
+def _cached_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    handle: Tensor,
+    length: int,
+    key_mask: Tensor | None,
+    scale: float,
+    site: str,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
-@torch.library.custom_op("hga::cached_attention", mutates_args=("handle",))
+@register_op(
+    "cached_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) handle, "
+    "SymInt length, Tensor? key_mask, float scale, str site, float softcap=0.0, "
+    "Tensor? sinks=None) -> Tensor",
+    _cached_attention_fake,
+)
 def cached_attention(
     query: Tensor,
     key: Tensor,
@@ -101,7 +126,7 @@ def cached_attention(
     length : int
         Tokens stored once these are in.
     key_mask : Tensor or None
-        ``[batch, >= length]``, False or 0 for padding.
+        ``[1 or >= batch, >= length]``, False or 0 for padding; row ``i`` is that of sequence ``i``.
     scale : float
         Softmax scale.
     site : str
@@ -122,8 +147,7 @@ def cached_attention(
     return state.attend(query, key, value, length, key_mask, scale, config, scoring).contiguous()
 
 
-@cached_attention.register_fake
-def _cached_attention_fake(
+def _window_attention_fake(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -131,14 +155,19 @@ def _cached_attention_fake(
     length: int,
     key_mask: Tensor | None,
     scale: float,
-    site: str,
+    window: int,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
-@torch.library.custom_op("hga::window_attention", mutates_args=("handle",))
+@register_op(
+    "window_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) handle, "
+    "SymInt length, Tensor? key_mask, float scale, SymInt window, float softcap=0.0, "
+    "Tensor? sinks=None) -> Tensor",
+    _window_attention_fake,
+)
 def window_attention(
     query: Tensor,
     key: Tensor,
@@ -172,23 +201,20 @@ def window_attention(
     return state.attend_window(query, key, value, length, key_mask, scale, window, scoring).contiguous()
 
 
-@window_attention.register_fake
-def _window_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    handle: Tensor,
-    length: int,
-    key_mask: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
+def _read_fake(
+    handle: Tensor, key_shape: list[int], value_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(key_shape, dtype=dtype, device=device),
+        torch.empty((*key_shape[:3], value_dim), dtype=dtype, device=device),
+    )
 
 
-@torch.library.custom_op("hga::read", mutates_args=("handle",))
+@register_op(
+    "read(Tensor(a!) handle, SymInt[] key_shape, int value_dim, ScalarType dtype, "
+    "Device device) -> (Tensor, Tensor)",
+    _read_fake,
+)
 def read_state(
     handle: Tensor, key_shape: list[int], value_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -218,17 +244,24 @@ def read_state(
     return key, value
 
 
-@read_state.register_fake
-def _read_fake(
-    handle: Tensor, key_shape: list[int], value_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(key_shape, dtype=dtype, device=device),
-        torch.empty((*key_shape[:3], value_dim), dtype=dtype, device=device),
-    )
+def _attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    site: str,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
-@torch.library.custom_op("hga::attention", mutates_args=())
+@register_op(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, float scale, "
+    "str site, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    _attention_fake,
+)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -271,20 +304,6 @@ def attention(
     return out.contiguous()
 
 
-@attention.register_fake
-def _attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    site: str,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
-
-
 class _Whole:
     """K/V that lie in two tensors, as `routed.KeyValues`."""
 
@@ -294,6 +313,13 @@ class _Whole:
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         return self.key[:, begin:end], self.value[:, begin:end]
+
+    def attend(self, groups: Tensor, query: Tensor, tokens: int, scale: float) -> None:
+        return None
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.key.shape[2] + self.value.shape[2]) * self.key.element_size()
 
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         token = (groups[..., None] * group_size + torch.arange(group_size, device=groups.device)).flatten(1)

@@ -111,13 +111,14 @@ def choose_groups(
     kept = None
     if chunks is not None and min(chunks.chunks, groups * routing.group_size // routing.chunk_size):
         kept = _keep_chunks(routing, plan, query, chunks, groups, real)
-    scores = score(query, groups)
     if kept is None and real is None and query.shape[2] == 1 and groups == plan.certain:
         # One query without padding sees all of these groups: nothing to mask, and all counts are known.
-        votes = merge_votes(scores, None, routing.vote)
+        quick = None if score.votes is None else score.votes(query, groups, routing.vote)
+        votes = merge_votes(score(query, groups), None, routing.vote) if quick is None else quick
         first = int(plan.sink_end)
         best = votes[..., first:].topk(min(int(plan.chosen), groups - first), -1, sorted=False)
         return Chosen(best.indices + first, torch.ones_like(best.indices, dtype=torch.bool))
+    scores = score(query, groups)
     number = torch.arange(groups, device=query.device)
     window, sink_end, sink_start, most = (
         per_row(part, rows, query.device)

@@ -26,6 +26,16 @@ _TILE_BYTES = 2**26
 class KeyValues(Protocol):
     """K/V of one layer, wherever they live. A row is one KV head of one sequence, batch-major."""
 
+    def attend(self, groups: Tensor, query: Tensor, tokens: int, scale: float) -> Tensor | None:
+        """Attend from queries ``[rows, heads, dim]`` to the first `tokens` tokens of ``[rows, n]`` groups.
+
+        None where there is no faster way than `gather`.
+        """
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of K and V of one token in one row."""
+
     @property
     def rows(self) -> int:
         """KV heads times batch."""
@@ -150,10 +160,12 @@ def routed_attention(
         )
     if queries > length:
         raise ValueError(f"queries must be the last of the tokens, got {queries} queries and {length} tokens")
-    if key_mask is not None and key_mask.shape[0] not in (1, batch):
-        raise ValueError(
-            f"key_mask must have a row a sequence, got {key_mask.shape[0]} rows, expected {batch}"
-        )
+    if key_mask is not None:
+        if key_mask.shape[0] != 1 and key_mask.shape[0] < batch:
+            raise ValueError(
+                f"key_mask must have a row a sequence, got {key_mask.shape[0]} rows, expected {batch}"
+            )
+        key_mask = key_mask[:batch]
     if not scoring.plain and routing.tail == "estimate":
         raise ValueError(
             "a tail estimate does not cover soft-cap or attention sinks, got tail estimate, expected drop "
@@ -223,10 +235,16 @@ def _decode(call: _Call) -> Tensor:
         kept = None if bool(chosen.kept.all()) else _with_fixed(chosen.kept[:, 0], len(fixed))
     else:
         groups, kept = _padded_groups(call, plan, chosen)
+    # Only the last group can be incomplete, and it comes last.
+    tokens = groups.shape[1] * routing.group_size - -length % routing.group_size
+    if kept is None and call.index.tail is None and call.scoring.plain and not LEDGER.wants(call.layer):
+        out = call.kv.attend(groups, call.query.flatten(0, 1)[:, :, 0], tokens, call.scale)
+        if out is not None:
+            call.use.add_attended(call.kv.rows * tokens)
+            call.use.row_bytes = call.kv.row_bytes
+            return out
     key, value = call.kv.gather(groups, routing.group_size)
     if kept is None:
-        # Only the last group can be incomplete, and it comes last.
-        tokens = groups.shape[1] * routing.group_size - -length % routing.group_size
         key, value, real = key[:, :tokens], value[:, :tokens], None
         call.use.add_attended(call.kv.rows * tokens)
     else:

@@ -1,15 +1,23 @@
 """What an attention op needs to know of its site, as text that travels in the graph."""
 
+import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 from hga_compile.configs.routing import Routing
 
 __all__ = ["SiteConfig"]
 
-# Raised whenever the text or the ops' meaning changes, so that a cached graph of another version never fits.
-_VERSION = 1
+
+@cache
+def _version() -> str:
+    """Digest of the sources of the ops, so that a cached graph of another version never fits."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class SiteConfig:
     def to_text(self) -> str:
         """Return the text that `from_text` reads."""
         routing = self.routing.model_dump(mode="json")
-        fields = {"version": _VERSION, "layer": self.layer, "tier": self.tier, "routing": routing}
+        fields = {"version": _version(), "layer": self.layer, "tier": self.tier, "routing": routing}
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -43,10 +51,10 @@ class SiteConfig:
             Text of another version.
         """
         fields = json.loads(text)
-        if fields["version"] != _VERSION:
+        if fields["version"] != _version():
             raise ValueError(
                 f"the graph was compiled by another version of hga-compile (site {fields['version']}, "
-                f"expected {_VERSION}); clear the compile cache"
+                f"expected {_version()}); clear the compile cache"
             )
         routing = Routing.model_validate_json(json.dumps(fields["routing"]))
         return SiteConfig(fields["layer"], fields["tier"], routing)

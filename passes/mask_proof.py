@@ -116,8 +116,10 @@ def _is_padding(fact: Lookup, shape: Any) -> bool:
         return False
     batch, key = fact.indices
     rows = fact.source.meta["val"].shape[0]
-    # A table of one row holds for every sequence; of a larger one each sequence must read its own.
-    by_batch = (_selects(batch, 0) and statically_known_true(rows == shape[0])) or (
+    # A table of one row holds for every sequence; of a larger one each sequence must read its own. Sizes with
+    # names of their own may still be equal: the ops read the first rows, as the mask does.
+    named = isinstance(rows, torch.SymInt) or isinstance(shape[0], torch.SymInt)
+    by_batch = (_selects(batch, 0) and (named or statically_known_true(rows == shape[0]))) or (
         _constant_zero(batch) and statically_known_true(rows == 1)
     )
     one_key = isinstance(shape[3], int) and shape[3] == 1

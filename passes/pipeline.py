@@ -3,6 +3,7 @@
 import copy
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch._dynamo.utils import counters
@@ -16,11 +17,11 @@ from hga_compile.kernels.site import SiteConfig
 from hga_compile.passes.decide import Plan, decide
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.mask_values import MaskValues
-from hga_compile.passes.match import find_sites, find_unmatched
+from hga_compile.passes.match import Site, Unmatched, find_sites, find_unmatched
 from hga_compile.passes.retrace import retrace
 from hga_compile.passes.rewrite import rewrite
 
-__all__ = ["Rewritten", "StrictError", "rewrite_graph"]
+__all__ = ["PASSES", "Rewritten", "StrictError", "Work", "rewrite_graph"]
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,95 @@ class Rewritten:
     """Time of each pass."""
 
 
+@dataclass
+class Work:
+    """One graph on its way through the passes."""
+
+    graph: GraphModule
+    profile: Profile
+    layers: int = 0
+    """Of the model: as many as it says, or as the graph has."""
+    sites: list[Site] = field(default_factory=list)
+    unmatched: list[Unmatched] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+    decisions: tuple[Decision, ...] = ()
+    rewritten: int = 0
+
+    def numbers(self) -> list[int]:
+        """Return the layer's number of each site; the site's own where the graph does not tell."""
+        return [number if site.layer is None else site.layer for number, site in enumerate(self.sites)]
+
+
+class Retrace:
+    """Bring Dynamo's graph to pre-dispatch ATen; from here on the graph is a private copy."""
+
+    def __call__(self, work: Work) -> None:
+        work.graph = copy.copy(retrace(work.graph))
+        # What nothing reads must not look like another reader.
+        work.graph.graph.eliminate_dead_code()
+
+
+class Match:
+    """Find the attention sites, and what holds attention but is none."""
+
+    def __call__(self, work: Work) -> None:
+        work.sites = find_sites(work.graph.graph)
+        work.unmatched = find_unmatched(work.graph.graph, work.sites)
+
+
+class Decide:
+    """Decide about every site, with a reason."""
+
+    def __call__(self, work: Work) -> None:
+        numbers, routing = work.numbers(), work.profile.routing
+        if work.sites:
+            work.layers = max(work.layers, *(number + 1 for number in numbers))
+            _check_layers(routing, work.layers)
+        values = MaskValues(work.graph.graph)
+        work.plans = [
+            decide(site, number, work.layers, routing, values)
+            for site, number in zip(work.sites, numbers, strict=True)
+        ]
+        work.decisions = tuple(plan.decision for plan in work.plans) + tuple(
+            Decision(left.node.name, left.layer, left.phase, Reason.NOT_MATCHED, left.detail)
+            for left in work.unmatched
+        )
+        if work.profile.compile.strict:
+            _be_strict(work.decisions)
+
+
+class Rewrite:
+    """Put hga's ops in the place of what is proven."""
+
+    def __call__(self, work: Work) -> None:
+        tier = "gpu" if work.profile.offload.tier == "gpu" else "host"
+        for plan, number in zip(work.plans, work.numbers(), strict=True):
+            if not plan.decision.routed and plan.window is None:
+                continue
+            routing = work.profile.routing.for_layer(number, work.layers)
+            rewrite(work.graph, plan, SiteConfig(number, tier, routing))
+            work.rewritten += 1
+
+
+class Clean:
+    """Drop what nothing reads any more, masks above all, and check the graph."""
+
+    def __call__(self, work: Work) -> None:
+        work.graph.graph.eliminate_dead_code()
+        work.graph.graph.lint()
+        work.graph.recompile()
+
+
+PASSES: tuple[Callable[[Work], None], ...] = (Retrace(), Match(), Decide(), Rewrite(), Clean())
+"""In this order."""
+
+
 def rewrite_graph(graph: GraphModule, profile: Profile, layers: int | None = None) -> Rewritten:
     """Run all passes on a Dynamo graph.
+
+    What they did is counted in ``torch._dynamo.utils.counters["hga"]``; graphs before and after are logged at
+    debug level (``TORCH_LOGS="+hga_compile.passes"``) and as an artifact of ``TORCH_TRACE``. The settings of a
+    site are part of the new graph, and so of every compile cache's key.
 
     Parameters
     ----------
@@ -63,62 +151,33 @@ def rewrite_graph(graph: GraphModule, profile: Profile, layers: int | None = Non
     StrictError
         `compile.strict` and a site that stays dense for a reason other than the profile's own.
     """
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        seconds[name] = seconds.get(name, 0.0) + now - started
-        started = now
-
-    new = copy.copy(retrace(graph))
-    # What nothing reads must not look like another reader.
-    new.graph.eliminate_dead_code()
-    lap("retrace")
-    sites = find_sites(new.graph)
-    lap("match")
-    numbers = [number if site.layer is None else site.layer for number, site in enumerate(sites)]
-    layers = max(layers or 0, *(number + 1 for number in numbers)) if sites else 0
-    if sites:
-        _check_layers(profile.routing, layers)
-    values = MaskValues(new.graph)
-    plans = [
-        decide(site, number, layers, profile.routing, values)
-        for site, number in zip(sites, numbers, strict=True)
-    ]
-    lap("decide")
-    decisions = tuple(plan.decision for plan in plans) + tuple(
-        Decision(left.node.name, left.layer, left.phase, Reason.NOT_MATCHED, left.detail)
-        for left in find_unmatched(new.graph, sites)
+    work, seconds = Work(graph, profile, layers or 0), {}
+    log.debug("before:\n%s", graph.graph)
+    for step in PASSES:
+        started = time.perf_counter()
+        step(work)
+        seconds[type(step).__name__.lower()] = time.perf_counter() - started
+    _count(work, seconds)
+    log.info(
+        "rewrote %d of %d attention sites in %.2f s", work.rewritten, len(work.sites), sum(seconds.values())
     )
-    if profile.compile.strict:
-        _be_strict(decisions)
-    tier = "gpu" if profile.offload.tier == "gpu" else "host"
-    rewritten = 0
-    for plan, number in zip(plans, numbers, strict=True):
-        if not _changes(plan):
-            continue
-        rewrite(new, plan, SiteConfig(number, tier, profile.routing.for_layer(number, layers)))
-        rewritten += 1
-    # Masks that nothing reads any more go with this.
-    new.graph.eliminate_dead_code()
-    new.graph.lint()
-    new.recompile()
-    lap("rewrite")
-    counters["hga"]["graphs"] += 1
-    counters["hga"]["sites"] += len(sites)
-    counters["hga"]["rewritten"] += rewritten
-    for decision in decisions:
-        counters["hga"][decision.reason.name.lower()] += 1
-    log.info("rewrote %d of %d attention sites in %.2f s", rewritten, len(sites), sum(seconds.values()))
-    log.debug("%s", new.graph)
+    log.debug("after:\n%s", work.graph.graph)
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "hga_rewritten_graph", "encoding": "string"},
-        payload_fn=lambda: new.print_readable(print_output=False),
+        payload_fn=lambda: work.graph.print_readable(print_output=False),
     )
-    return Rewritten(new, decisions, seconds)
+    return Rewritten(work.graph, work.decisions, seconds)
+
+
+def _count(work: Work, seconds: dict[str, float]) -> None:
+    counts = counters["hga"]
+    counts["graphs"] += 1
+    counts["sites"] += len(work.sites)
+    counts["rewritten"] += work.rewritten
+    counts["microseconds"] += round(1e6 * sum(seconds.values()))
+    for decision in work.decisions:
+        counts[decision.reason.name.lower()] += 1
 
 
 def _check_layers(routing: Routing, layers: int) -> None:
@@ -128,10 +187,6 @@ def _check_layers(routing: Routing, layers: int) -> None:
         routing.for_layer(0, layers)
     except ValueError as error:
         raise ProfileError(str(error)) from None
-
-
-def _changes(plan: Plan) -> bool:
-    return plan.decision.routed or plan.window is not None
 
 
 def _be_strict(decisions: tuple[Decision, ...]) -> None:

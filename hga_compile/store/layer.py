@@ -162,7 +162,7 @@ class LayerStore:
         keys, values = self.recent.put(key.detach(), value.detach(), length)
         self.length = length
         first = length - keys.shape[2]
-        mask = None if key_mask is None else key_mask[:, first:length].bool()
+        mask = None if key_mask is None else key_mask[:batch, first:length].bool()
         grouped = query.reshape(batch, heads, -1, new, query.shape[3])
         assert first <= max(0, begin - window + 1)  # Recent.put checked it
         out = attend_window(grouped, keys, values, mask, scale, window, scoring)
@@ -269,6 +269,13 @@ class _Joined:
 
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         return self.pages.gather(groups, group_size)
+
+    def attend(self, groups: Tensor, query: Tensor, tokens: int, scale: float) -> Tensor | None:
+        return self.pages.attend(groups, query, tokens, scale)
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.pages.dim + self.pages.v_dim) * self.pages.buffer.element_size()
 
 
 STATES.make = LayerStore

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import os
 import sys
@@ -7,6 +8,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+with contextlib.suppress(ImportError):
+    # Inductor's C++ builder needs it loaded before anything loads Python's own distutils.
+    import setuptools  # noqa: F401
 
 import pytest
 import torch

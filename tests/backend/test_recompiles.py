@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import WINDOW, Pair, largest_error, make_model, run, tokens
+from tiny_models import WINDOW, Pair, largest_error, left_padded, make_model, run, tokens
 
+import hga_compile
 from hga_compile.cache import cache_memory
 
 STEPS = 64
@@ -60,3 +61,14 @@ def test_sliding_layers_keep_only_their_window(pairs, name):
     run(pair.plain, stock, [tokens(2, 20)])
     assert cache.layers[0].keys.shape == stock.layers[0].keys.shape
     assert cache_memory(cache).accelerator_kv >= sizes[-1]
+
+
+def test_other_batch_sizes_with_padding_stay_routed(recompile):
+    """Once sizes have names of their own, the mask's batch and the padding table's are two names."""
+    pair = Pair(make_model("llama", num_hidden_layers=1))
+    for batch, length in ((2, 20), (2, 23), (3, 31), (4, 17)):
+        mask = left_padded(batch, length, 5)
+        chunks = list(tokens(batch, length + 8).split([length, 7, 1], 1))
+        expected = run(pair.plain, pair.cache(), chunks, mask)
+        assert largest_error(run(pair.compiled, pair.cache(), chunks, mask), expected, mask) < 1e-4
+    assert {site.reason for site in hga_compile.report().sites} == {"routed"}

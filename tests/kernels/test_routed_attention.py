@@ -555,8 +555,9 @@ def test_says_what_is_wrong_with_the_shapes() -> None:
         ops.attention(given.query, given.key[:, :, :40], given.value[:, :, :40], None, 1.0, text)
     with pytest.raises(ValueError, match="key_mask must cover every key, got 100 columns and 130 tokens"):
         ops.attention(given.query, given.key, given.value, torch.zeros(2, 100).bool(), 1.0, text)
-    with pytest.raises(ValueError, match="a row a sequence, got 3 rows, expected 2"):
-        ops.attention(given.query, given.key, given.value, torch.zeros(3, 130).bool(), 1.0, text)
+    given = inputs(batch=3)
+    with pytest.raises(ValueError, match="a row a sequence, got 2 rows, expected 3"):
+        ops.attention(given.query, given.key, given.value, torch.zeros(2, 130).bool(), 1.0, text)
 
 
 def test_a_step_over_gaps_is_counted_as_a_fallback() -> None:

@@ -25,7 +25,7 @@ def routed_and_dense(q, k, v):
 def test_decisions_come_in_the_order_of_the_graph():
     result = run(routed_and_dense, *rows(6))
     assert [decision.reason for decision in result.decisions] == [Reason.ROUTED, Reason.NOT_CAUSAL]
-    assert set(result.seconds) == {"retrace", "match", "decide", "rewrite"}
+    assert list(result.seconds) == ["retrace", "match", "decide", "rewrite", "clean"]
     assert all(time >= 0 for time in result.seconds.values())
 
 
@@ -38,6 +38,7 @@ def test_what_happened_is_counted():
         return dict(counters["hga"])
 
     counted = dynamo_graph(routed_and_dense, *rows(6), use=use)
+    assert counted.pop("microseconds") > 0
     assert counted == {"graphs": 1, "sites": 2, "rewritten": 1, "routed": 1, "not_causal": 1}
 
 
@@ -134,3 +135,11 @@ def test_per_layer_settings_reach_their_layers():
     ]
     nodes = result.graph.graph.find_nodes(op="call_function", target=torch.ops.hga.attention.default)
     assert ['"sinks":0' in node.args[-1] for node in nodes] == [False, True]
+
+
+def test_graphs_before_and_after_can_be_logged(caplog):
+    with caplog.at_level("DEBUG", logger="hga_compile.passes"):
+        run(routed_and_dense, *rows(6))
+    before, after = (record.message for record in caplog.records if record.levelname == "DEBUG")
+    assert before.startswith("before:") and "hga" not in before
+    assert after.startswith("after:") and "hga.attention" in after

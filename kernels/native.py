@@ -1,0 +1,186 @@
+"""Decoding in C++ for CPUs: built once by the machine's own compiler, kept in the user's cache."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_dir
+from torch import Tensor
+
+from hga_compile.kernels.ledger import LEDGER
+
+__all__ = ["attend_pages", "scan_scores", "scan_votes"]
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("decode.cpp")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-pthread",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+)
+_SECONDS = 120
+
+
+def scan_scores(codes: Tensor, scales: Tensor, query: Tensor, bits: int) -> Tensor | None:
+    """Score low-bit keys.
+
+    Parameters
+    ----------
+    codes : Tensor
+        ``[rows, bytes, tokens]`` uint8 on the CPU, tokens contiguous (see `lowbit.encode_keys`).
+    scales : Tensor
+        ``[rows, tokens]`` float32, contiguous.
+    query : Tensor
+        ``[rows, heads, dim]`` float32, rotated.
+    bits : int
+        1, 2, 4 or 8.
+
+    Returns
+    -------
+    Tensor or None
+        ``[rows, heads, tokens]`` float32; None without a compiler, and where a score is not finite.
+    """
+    library = _library()
+    if library is None:
+        return None
+    (rows, heads, dim), tokens = query.shape, scales.shape[1]
+    query, scales = query.contiguous(), scales.contiguous()
+    scores = torch.empty(rows, heads, tokens, device="cpu", dtype=torch.float32)
+    broken = library.hga_scores(
+        codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(), query.data_ptr(),
+        scores.data_ptr(), rows, heads, dim, bits, tokens, torch.get_num_threads(),
+    )  # fmt: skip
+    return None if broken else scores
+
+
+def scan_votes(scores: Tensor, group_size: int, vote: str) -> Tensor:
+    """Merge the heads' finite scores into votes, as `route.merge_votes` does where every group is seen.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[rows, heads, tokens]`` from `scan_scores`; overwritten.
+    group_size : int
+        Tokens of a group; divides `tokens`.
+    vote : str
+        `mass_sum` or `mass_max`.
+
+    Returns
+    -------
+    Tensor
+        ``[rows, groups]`` float32.
+    """
+    rows, heads, tokens = scores.shape
+    votes = torch.empty(rows, tokens // group_size, device="cpu", dtype=torch.float32)
+    library = _library()
+    assert library is not None  # it made the scores
+    library.hga_votes(
+        scores.data_ptr(), votes.data_ptr(), rows, heads, votes.shape[1], group_size, int(vote == "mass_max")
+    )
+    return votes
+
+
+def attend_pages(
+    pages: Tensor, groups: Tensor, query: Tensor, tokens: int, group_size: int, scale: float
+) -> Tensor | None:
+    """Attend from one query a row to the tokens of groups, read where they lie.
+
+    Parameters
+    ----------
+    pages : Tensor
+        ``[groups, rows, group_size * (dim + v_dim)]`` float32 on the CPU (see `store.pages.Pages`).
+    groups : Tensor
+        ``[rows, n]`` int64.
+    query : Tensor
+        ``[rows, heads, dim]`` float32.
+    tokens : int
+        Tokens of these groups that exist: fewer than ``n * group_size`` where the last group is incomplete.
+    group_size : int
+        Tokens of a group.
+    scale : float
+        Softmax scale.
+
+    Returns
+    -------
+    Tensor or None
+        ``[rows, heads, v_dim]``; None without a compiler.
+    """
+    library = _library()
+    if library is None:
+        return None
+    rows, heads, dim = query.shape
+    v_dim = pages.shape[2] // group_size - dim
+    groups, query = groups.contiguous(), query.contiguous()
+    out = torch.empty(rows, heads, v_dim, device="cpu", dtype=torch.float32)
+    library.hga_attend(
+        pages.data_ptr(), groups.data_ptr(), query.data_ptr(), out.data_ptr(), rows, heads, dim, v_dim,
+        group_size, groups.shape[1], tokens, scale,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Return the built library; None, counted and logged once, where it cannot be built."""
+    try:
+        library = ctypes.CDLL(str(_built()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        log.warning("decoding on this CPU scans its index in plain torch, which is slower: %s", error)
+        LEDGER.count_fallback("no C++ compiler: the index is scanned in plain torch")
+        return None
+    pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.hga_scores.argtypes = [pointer, long, long, *[pointer] * 3, long, *[short] * 3, long, short]
+    library.hga_scores.restype = short
+    library.hga_votes.argtypes = [pointer, pointer, long, short, long, short, short]
+    library.hga_votes.restype = None
+    library.hga_attend.argtypes = [*[pointer] * 4, long, *[short] * 4, long, long, ctypes.c_float]
+    library.hga_attend.restype = None
+    return library
+
+
+def _built() -> Path:
+    """Return the path of the library for this source, compiler and processor, built if need be."""
+    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        raise RuntimeError("no C++ compiler was found (set CXX)")
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS
+    ).stdout
+    key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor()]))
+    folder = Path(user_cache_dir("hga-compile")) / "native"
+    target = folder / f"decode-{key.hexdigest()[:16]}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = folder / f".{target.name}.{secrets.token_hex(4)}"
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(draft)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+        # Another process may have built the same in the meantime: either file will do.
+        draft.replace(target)
+    return target
+
+
+def _processor() -> bytes:
+    """Return what decides which instructions a library for "this machine" may hold."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return " ".join([platform.machine(), platform.processor(), *sorted(found)]).encode()
