@@ -16,7 +16,7 @@ from hga_compile.hooks import install_hooks
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
 from hga_compile.reporting import note_graph
-from hga_compile.tracing import model_layers
+from hga_compile.tracing import model_layers, traced_layer
 
 __all__ = ["hga"]
 
@@ -67,7 +67,7 @@ def hga(
         _finish(decisions, profile)
         return _inner(graph, example_inputs, profile, mode)
     try:
-        rewritten = rewrite_graph(graph, profile, model_layers())
+        rewritten = rewrite_graph(graph, profile, model_layers(), traced_layer())
     except (ProfileError, StrictError):
         raise
     except Exception as error:

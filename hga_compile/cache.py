@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.kernels import ops
+from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.states import STATES
 from hga_compile.store import LayerStore
 from hga_compile.tracing import traced_for_hga
@@ -76,6 +77,8 @@ class _Stored:
             # The store has no backward: go on as the stock layer, with what is stored as history.
             self._to_plain()
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        if not self.stored and not torch.compiler.is_compiling():
+            LEDGER.count_fallback("code that is not compiled read all K/V of a layer")
         self.seen = self.seen + key_states.shape[-2]
         if value_states.dtype != key_states.dtype:
             # Under autocast rotated keys are float32, and values are not; a store has one dtype.

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["model_layers", "traced_for_hga"]
+__all__ = ["model_layers", "traced_for_hga", "traced_layer"]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # torch's own
@@ -53,6 +53,20 @@ def model_layers() -> int | None:
         layers = getattr(text, "num_hidden_layers", None)
         found += [layers] if isinstance(layers, int) else []
     return max(found, default=None)
+
+
+def traced_layer() -> int | None:
+    """Return the number of the layer whose own code is traced, after a graph break inside of it.
+
+    Returns
+    -------
+    int or None
+        None where the traced function holds no module with a `layer_idx`, as transformers' attention has.
+    """
+    scope = getattr(getattr(_tracer(), "output", None), "local_scope", {})
+    modules = (value for value in scope.values() if isinstance(value, torch.nn.Module))
+    numbers = {number for module in modules if isinstance(number := getattr(module, "layer_idx", None), int)}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def _tracer() -> Any:

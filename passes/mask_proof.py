@@ -75,6 +75,8 @@ def _classify(truth: Truth, shape: Any) -> MaskProof:
                 return MaskProof(False, unknown="two padding tables")
             padding = fact.source
             continue
+        if all(part.is_nonpositive for part in (*fact.formula.coefficients, fact.formula.constant)):
+            continue  # indices are never negative: it holds everywhere
         kind = _inequality(fact, queries, keys, symbols)
         if kind == "causal":
             causal = True

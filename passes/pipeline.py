@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch._dynamo.utils import counters
 from torch._logging._internal import trace_structured
@@ -48,6 +48,8 @@ class Work:
     profile: Profile
     layers: int = 0
     """Of the model: as many as it says, or as the graph has."""
+    layer: int | None = None
+    """Number of the layer that the graph is a part of, where a graph break left no more than one."""
     sites: list[Site] = field(default_factory=list)
     unmatched: list[Unmatched] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
@@ -55,8 +57,12 @@ class Work:
     rewritten: int = 0
 
     def numbers(self) -> list[int]:
-        """Return the layer's number of each site; the site's own where the graph does not tell."""
-        return [number if site.layer is None else site.layer for number, site in enumerate(self.sites)]
+        """Return the layer's number of each site; the site's own where nothing tells."""
+        alone = self.layer if len(self.sites) == 1 else None
+        return [
+            site.layer if site.layer is not None else number if alone is None else alone
+            for number, site in enumerate(self.sites)
+        ]
 
 
 class Retrace:
@@ -89,7 +95,12 @@ class Decide:
             decide(site, number, work.layers, routing, values)
             for site, number in zip(work.sites, numbers, strict=True)
         ]
-        work.decisions = tuple(plan.decision for plan in work.plans) + tuple(
+        work.decisions = tuple(
+            replace(plan.decision, layer=work.layer)
+            if plan.site.layer is None and len(work.plans) == 1
+            else plan.decision
+            for plan in work.plans
+        ) + tuple(
             Decision(left.node.name, left.layer, left.phase, Reason.NOT_MATCHED, left.detail)
             for left in work.unmatched
         )
@@ -123,12 +134,14 @@ PASSES: tuple[Callable[[Work], None], ...] = (Retrace(), Match(), Decide(), Rewr
 """In this order."""
 
 
-def rewrite_graph(graph: GraphModule, profile: Profile, layers: int | None = None) -> Rewritten:
+def rewrite_graph(
+    graph: GraphModule, profile: Profile, layers: int | None = None, layer: int | None = None
+) -> Rewritten:
     """Run all passes on a Dynamo graph.
 
-    What they did is counted in ``torch._dynamo.utils.counters["hga"]``; graphs before and after are logged at
-    debug level (``TORCH_LOGS="+hga_compile.passes"``) and as an artifact of ``TORCH_TRACE``. The settings of a
-    site are part of the new graph, and so of every compile cache's key.
+    What they did is counted in ``torch._dynamo.utils.counters["hga"]``. Graphs before and after are logged at
+    debug level (``TORCH_LOGS="+hga_compile.passes"``) and as an artifact of ``TORCH_TRACE``. The settings of
+    a site are part of the new graph, and so of every compile cache's key.
 
     Parameters
     ----------
@@ -138,6 +151,8 @@ def rewrite_graph(graph: GraphModule, profile: Profile, layers: int | None = Non
         Settings.
     layers : int or None
         Layers of the model, where known: the graph may hold a part of it. None: as many as the graph has.
+    layer : int or None
+        Number of the layer, where the graph is a part of one and does not tell itself.
 
     Returns
     -------
@@ -151,7 +166,7 @@ def rewrite_graph(graph: GraphModule, profile: Profile, layers: int | None = Non
     StrictError
         `compile.strict` and a site that stays dense for a reason other than the profile's own.
     """
-    work, seconds = Work(graph, profile, layers or 0), {}
+    work, seconds = Work(graph, profile, layers or 0, layer), {}
     log.debug("before:\n%s", graph.graph)
     for step in PASSES:
         started = time.perf_counter()
