@@ -25,6 +25,8 @@ class _Stored:
     `HGACache`. Until then it is the stock layer, so that models not compiled with hga see no difference.
     """
 
+    slides = False
+    """Whether queries see a window only."""
     stored = False
     """Whether the layer opens its store on the first update, compiled or not."""
     dtype: torch.dtype
@@ -83,7 +85,7 @@ class _Stored:
         if value_states.dtype != key_states.dtype:
             # Under autocast rotated keys are float32, and values are not; a store has one dtype.
             value_states = value_states.to(key_states.dtype)
-        return torch.ops.hga.append(key_states, value_states, self.handle, self.seen)
+        return torch.ops.hga.append(key_states, value_states, self.handle, self.seen, self.slides)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens seen."""
@@ -240,6 +242,8 @@ class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
     Under hga it tells transformers the length of the whole sequence, so that nothing in the graph changes as
     the window fills up; the rewritten attention keeps and reads the window only.
     """
+
+    slides = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add rows and return what attention reads: all K and V, or as the stock layer."""

@@ -47,7 +47,9 @@ def open_state(key: Tensor, value: Tensor, handle: Tensor) -> None:
     handle.copy_(opened)
 
 
-def _append_fake(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _append_fake(
+    key: Tensor, value: Tensor, handle: Tensor, length: int, sliding: bool = False
+) -> tuple[Tensor, Tensor]:
     return (
         key.new_empty((*key.shape[:2], length, key.shape[3])),
         value.new_empty((*value.shape[:2], length, value.shape[3])),
@@ -55,10 +57,13 @@ def _append_fake(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tup
 
 
 @register_op(
-    "append(Tensor key, Tensor value, Tensor(a!) handle, SymInt length) -> (Tensor, Tensor)",
+    "append(Tensor key, Tensor value, Tensor(a!) handle, SymInt length, bool sliding=False) "
+    "-> (Tensor, Tensor)",
     _append_fake,
 )
-def append(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def append(
+    key: Tensor, value: Tensor, handle: Tensor, length: int, sliding: bool = False
+) -> tuple[Tensor, Tensor]:
     """Store new rows and return all of them: what an attention that stays dense reads.
 
     Parameters
@@ -69,6 +74,9 @@ def append(key: Tensor, value: Tensor, handle: Tensor, length: int) -> tuple[Ten
         From `open_state`.
     length : int
         Tokens stored once these are in.
+    sliding : bool
+        Whether the layer has a sliding window. Nothing here depends on it: it tells the passes that a mask
+        which they cannot read holds more than padding.
 
     Returns
     -------

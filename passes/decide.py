@@ -86,6 +86,8 @@ def decide(site: Site, layer: int, layers: int, routing: Routing, values: MaskVa
             detail = "causal" + (f" with padding from {padding.name}" if padding is not None else "")
         elif proof.proven and not proof.causal and not one_query:
             return Plan(site, verdict(Reason.NOT_CAUSAL, "a mask of padding only"))
+        elif one_query and _slides(site):
+            return Plan(site, verdict(Reason.UNPROVEN_MASK, "a sliding window from outside"))
         elif one_query and _one_row(mask):
             # Whatever made it, the mask of a single query is a table of the keys that it may see.
             single, detail = site.mask, "the mask of one query"
@@ -118,6 +120,11 @@ def _check_shape(site: Site) -> str | None:
     if site.scale is None:
         return "a scale that is not constant"
     return None
+
+
+def _slides(site: Site) -> bool:
+    """Say whether the cache layer has a sliding window: a mask that is not read may hold it."""
+    return site.append is not None and len(site.append.args) > 4 and bool(site.append.args[4])
 
 
 def _shared(site: Site) -> bool:

@@ -36,7 +36,7 @@ def rewrite(graph: GraphModule, plan: Plan, config: SiteConfig) -> None:
                 (site.query, site.key, site.value, mask, site.scale, config.to_text(), *form),
             )
         else:
-            key, value, handle, length = site.append.args
+            key, value, handle, length = site.append.args[:4]
             target = (
                 torch.ops.hga.cached_attention.default
                 if plan.window is None

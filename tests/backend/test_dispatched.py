@@ -105,9 +105,6 @@ def test_weights_offloaded_to_the_cpu_give_the_same_logits():
     assert len({site.graph for site in sites if site.phase == "decode"}) >= 2
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a window in a mask from outside is taken for padding"
-)
 def test_sliding_layers_of_an_offloaded_model_stay_exact_at_a_budget_below_their_window():
     plain = build(FAMILIES["Mistral"], sliding_window=16)
     offloaded = accelerate.cpu_offload(copy.deepcopy(plain), execution_device=CPU)
