@@ -47,7 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--json", type=Path, default=RESULTS / "compile_time.json")
     options = parser.parse_args(arguments)
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     torch._inductor.config.force_disable_caches = True
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=4096, num_hidden_layers=options.layers, eos_token_id=None, **SHAPE)

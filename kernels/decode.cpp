@@ -262,7 +262,7 @@ void hga_attend(const float* pages, const std::int64_t* groups, const float* que
       for (int channel = 0; channel < v_dim; ++channel) to[channel] = 0.0f;
       float total = 0.0f;
       for (std::int64_t token = 0; token < tokens; ++token) {
-        const float share = weight[token] - peak == 0.0f ? 1.0f : std::exp(weight[token] - peak);
+        const float share = std::exp(weight[token] - peak);
         total += share;
         const float* value =
             pages + (groups[row * count + token / size] * rows + row) * page + size * dim + token % size * v_dim;

@@ -130,30 +130,30 @@ class LowBitSummary:
         turn, top = rotation(self.dim, codes.device), (2**self.bits - 1) / 2
         levels: list[Tensor] = []
 
-        def scan(query: Tensor, limit: int) -> Tensor | None:
+        def turned(query: Tensor) -> Tensor:
+            return query.reshape(query.shape[0], -1, query.shape[3]) @ turn
+
+        def scan(flat: Tensor, limit: int) -> Tensor | None:
             """Score one query on a CPU: unpacking alone costs more than this does."""
-            rows, heads, queries, dim = query.shape
-            if codes.device.type != "cpu" or queries != 1:
+            if codes.device.type != "cpu":
                 return None
-            end = limit * self.group_size
-            flat = query.reshape(rows, heads, dim) @ turn
-            return scan_scores(codes, scales[:, 0, :end], flat, self.bits)
+            return scan_scores(codes, scales[:, 0, : limit * self.group_size], flat, self.bits)
 
         def score(query: Tensor, limit: int) -> Tensor:
-            rows, heads, queries, dim = query.shape
-            token = scan(query, limit)
+            rows, heads, queries, _ = query.shape
+            flat = turned(query)
+            token = scan(flat, limit) if queries == 1 else None
             if token is None:
                 if not levels:
                     levels.append(decode_levels(codes, self.bits, self.dim))
                 end = limit * self.group_size
-                flat = query.reshape(rows, heads * queries, dim) @ turn
                 token = torch.bmm(flat, levels[0][:, :, :end])
                 # The levels are centred through the query: one pass less over the codes.
                 token.sub_(flat.sum(-1, keepdim=True) * top).mul_(scales[:, :, :end])
             return token.view(rows, heads, queries, limit, self.group_size)
 
         def votes(query: Tensor, limit: int, vote: str) -> Tensor | None:
-            token = scan(query, limit)
+            token = scan(turned(query), limit)
             return None if token is None else scan_votes(token, self.group_size, vote)[:, None]
 
         return Scorer(score, votes)

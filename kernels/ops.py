@@ -88,18 +88,8 @@ def append(
     return state.full()
 
 
-def _cached_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    handle: Tensor,
-    length: int,
-    key_mask: Tensor | None,
-    scale: float,
-    site: str,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def _attended_fake(query: Tensor, key: Tensor, value: Tensor, *others: object) -> Tensor:
+    """Shape and dtype of the result of every attention."""
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
@@ -107,7 +97,7 @@ def _cached_attention_fake(
     "cached_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) handle, "
     "SymInt length, Tensor? key_mask, float scale, str site, float softcap=0.0, "
     "Tensor? sinks=None) -> Tensor",
-    _cached_attention_fake,
+    _attended_fake,
 )
 def cached_attention(
     query: Tensor,
@@ -155,26 +145,11 @@ def cached_attention(
     return state.attend(query, key, value, length, key_mask, scale, config, scoring).contiguous()
 
 
-def _window_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    handle: Tensor,
-    length: int,
-    key_mask: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
-
-
 @register_op(
     "window_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) handle, "
     "SymInt length, Tensor? key_mask, float scale, SymInt window, float softcap=0.0, "
     "Tensor? sinks=None) -> Tensor",
-    _window_attention_fake,
+    _attended_fake,
 )
 def window_attention(
     query: Tensor,
@@ -252,23 +227,10 @@ def read_state(
     return key, value
 
 
-def _attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    site: str,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
-
-
 @register_op(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, float scale, "
     "str site, float softcap=0.0, Tensor? sinks=None) -> Tensor",
-    _attention_fake,
+    _attended_fake,
 )
 def attention(
     query: Tensor,
@@ -289,7 +251,7 @@ def attention(
     key, value : Tensor
         ``[batch, kv_heads, tokens, dim]`` and ``[..., v_dim]``, ``tokens >= queries``.
     key_mask : Tensor or None
-        ``[batch, >= tokens]``, False or 0 for padding.
+        ``[1 or >= batch, >= tokens]``, False or 0 for padding; row ``i`` is that of sequence ``i``.
     scale : float
         Softmax scale.
     site : str

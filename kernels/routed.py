@@ -26,19 +26,13 @@ _TILE_BYTES = 2**26
 class KeyValues(Protocol):
     """K/V of one layer, wherever they live. A row is one KV head of one sequence, batch-major."""
 
-    def attend(self, groups: Tensor, query: Tensor, tokens: int, scale: float) -> Tensor | None:
-        """Attend from queries ``[rows, heads, dim]`` to the first `tokens` tokens of ``[rows, n]`` groups.
-
-        None where there is no faster way than `gather`.
-        """
+    @property
+    def rows(self) -> int:
+        """KV heads times batch."""
 
     @property
     def row_bytes(self) -> int:
         """Bytes of K and V of one token in one row."""
-
-    @property
-    def rows(self) -> int:
-        """KV heads times batch."""
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys ``[rows, end - begin, dim]`` and values, on the compute device."""
@@ -47,6 +41,12 @@ class KeyValues(Protocol):
         """Return keys ``[rows, n * group_size, dim]`` and values of ``[rows, n]`` groups.
 
         Tokens past the end of the sequence may hold anything finite or not; the caller masks them.
+        """
+
+    def attend(self, groups: Tensor, query: Tensor, tokens: int, scale: float) -> Tensor | None:
+        """Attend from queries ``[rows, heads, dim]`` to the first `tokens` tokens of ``[rows, n]`` groups.
+
+        None where there is no faster way than `gather`.
         """
 
 
@@ -176,6 +176,7 @@ def routed_attention(
     padding = Padding.of(key_mask, length)
     use = LEDGER.use(layer, "decode" if queries == 1 else "prefill")
     call = _Call(grouped, scaled, kv, index, length, padding, scale, routing, layer, use, scoring)
+    use.row_bytes = kv.row_bytes
     if routing.tail == "estimate":
         index.note_queries(scaled, call.first, None if padding is None else padding.rows(kv.rows))
     all_dense = (
@@ -203,7 +204,6 @@ def _dense(call: _Call) -> Tensor:
     mask = None if call.padding is None else call.padding.mask
     plan = _plan(call, call.first, call.query.shape[3])
     call.use.add_attended(_count_visible(call, plan))
-    _note_rows(call, key, value)
     if LEDGER.wants(call.layer):
         _record(call, call.first, _visible_groups(call))
     return attend_full(call.query, key, value, mask, call.scale, call.scoring)
@@ -241,7 +241,6 @@ def _decode(call: _Call) -> Tensor:
         out = call.kv.attend(groups, call.query.flatten(0, 1)[:, :, 0], tokens, call.scale)
         if out is not None:
             call.use.add_attended(call.kv.rows * tokens)
-            call.use.row_bytes = call.kv.row_bytes
             return out
     key, value = call.kv.gather(groups, routing.group_size)
     if kept is None:
@@ -255,7 +254,6 @@ def _decode(call: _Call) -> Tensor:
         call.use.add_attended(real.sum())
         # Rows that are not tokens may hold anything; 0 * NaN would still be NaN.
         key, value = (part.masked_fill(~real[..., None], 0.0) for part in (key, value))
-    _note_rows(call, key, value)
     if LEDGER.wants(call.layer):
         shape = (call.kv.rows, -(-length // routing.group_size))
         marks = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -327,7 +325,6 @@ def _tiles(call: _Call) -> Tensor:
     _extend(call)
     tail, score = call.index.tail, _scorer(call, _groups(call))
     key, value = kv.read(0, call.length)
-    _note_rows(call, key, value)
     step = min(256, max(16, _TILE_BYTES // (4 * kv.rows * heads * call.length)))
     parts = []
     for begin in range(0, queries, step):
@@ -426,10 +423,6 @@ def _count_visible(call: _Call, plan: QueryPlan) -> int:
     visible = int(plan.visible.sum()) * (call.kv.rows // len(plan.visible))
     call.use.visible += visible
     return visible
-
-
-def _note_rows(call: _Call, key: Tensor, value: Tensor) -> None:
-    call.use.row_bytes = (key.shape[-1] + value.shape[-1]) * key.element_size()
 
 
 def _record(call: _Call, first: int, groups: Tensor) -> None:

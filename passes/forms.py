@@ -1,13 +1,23 @@
-"""Forms of ATen ops that attention written out is made of: names, shapes, constants."""
+"""Forms of ATen ops that attention is made of: names, shapes, constants, and how to add one to a graph."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["PRODUCTS", "RESHAPES", "SAME", "NoChain", "alike", "constant", "merges_heads", "plain_name"]
+__all__ = [
+    "PRODUCTS",
+    "RESHAPES",
+    "SAME",
+    "NoChain",
+    "add_call",
+    "alike",
+    "constant",
+    "merges_heads",
+    "plain_name",
+]
 
 SAME = (
     "aten.to.dtype",
@@ -37,6 +47,13 @@ def plain_name(node: Any) -> str:
         if name.startswith(f"aten.{stem}_."):
             return name.replace(f"aten.{stem}_.", f"aten.{stem}.", 1)
     return name
+
+
+def add_call(graph: Graph, target: Callable[..., Any], *args: Any) -> Node:
+    """Add the call of an op at the graph's insertion point, with the value that tracing would have noted."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
+    return node
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -75,13 +75,13 @@ def _classify(truth: Truth, shape: Any) -> MaskProof:
                 return MaskProof(False, unknown="two padding tables")
             padding = fact.source
             continue
-        if all(part.is_nonpositive for part in (*fact.formula.coefficients, fact.formula.constant)):
-            continue  # indices are never negative: it holds everywhere
         kind = _inequality(fact, queries, keys, symbols)
         if kind == "causal":
             causal = True
         elif isinstance(kind, int) and window in (None, kind):
             window = kind
+        elif all(part.is_nonpositive for part in (*fact.formula.coefficients, fact.formula.constant)):
+            continue  # indices are never negative: it holds everywhere
         else:
             return MaskProof(False, unknown=f"an inequality between positions: {fact.formula.coefficients}")
     if not causal and window is not None:

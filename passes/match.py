@@ -10,21 +10,18 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hga_compile.kernels import ops
 from hga_compile.passes.aliasing import changed_in_place
 from hga_compile.passes.chains import Chain, find_chains
 from hga_compile.passes.float_masks import visible_where
+from hga_compile.passes.forms import RESHAPES, add_call, alike
 
-__all__ = ["Site", "Unmatched", "find_sites", "find_unmatched"]
+__all__ = ["Site", "Unmatched", "find_attention"]
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _APPEND = torch.ops.hga.append.default
-_RESHAPES = frozenset(
-    f"aten.{name}"
-    for name in ("reshape.default", "view.default", "_unsafe_view.default", "flatten.using_ints")
-)
+_SPREADS = (*RESHAPES, "aten.flatten.using_ints")
 del ops  # imported for the registration of the ops
 _FUSED = frozenset(
     f"aten.{name}.default" for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
@@ -98,8 +95,8 @@ class Unmatched:
         return _phase(self.node.args[0].meta["val"].shape[2])  # type: ignore[union-attr]
 
 
-def find_sites(graph: Graph) -> list[Site]:
-    """Return every attention site, in the order in which the graph runs.
+def find_attention(graph: Graph) -> tuple[list[Site], list[Unmatched]]:
+    """Return every attention site, and what holds attention but is none, in the graph's order.
 
     Parameters
     ----------
@@ -107,21 +104,22 @@ def find_sites(graph: Graph) -> list[Site]:
         A private copy: views of operands may be added, which nothing reads yet.
     """
     changed = changed_in_place(graph)
-    chains = {chain.product: chain for chain in find_chains(graph, changed)[0]}
+    found, unknown = find_chains(graph, changed)
+    chains = {chain.product: chain for chain in found}
     if chains:
         changed = changed_in_place(graph)  # the added views too
-    found = {*graph.find_nodes(op="call_function", target=_SDPA), *chains}
-    nodes = [node for node in graph.nodes if node in found]
-    return [
+    attention = {*graph.find_nodes(op="call_function", target=_SDPA), *chains}
+    nodes = [node for node in graph.nodes if node in attention]
+    sites = [
         _read_chain(graph, chains[node], layer, changed)
         if node in chains
         else _read(graph, node, layer, changed)
         for node, layer in zip(nodes, _layers_of(nodes), strict=True)
     ]
+    return sites, _unmatched(graph, sites, unknown)
 
 
-def find_unmatched(graph: Graph, sites: Sequence[Site]) -> list[Unmatched]:
-    """Return what holds an attention that belongs to none of the sites, in the graph's order."""
+def _unmatched(graph: Graph, sites: Sequence[Site], unknown: Sequence[Node]) -> list[Unmatched]:
     matched = {site.append for site in sites}
     details: dict[Node, str] = {}
     for node in graph.nodes:
@@ -129,7 +127,7 @@ def find_unmatched(graph: Graph, sites: Sequence[Site]) -> list[Unmatched]:
             details[node] = ""
         elif str(node.target) in _FUSED:
             details[node] = "a fused layer"
-    details |= dict.fromkeys(find_chains(graph, changed_in_place(graph))[1], "softmax of an unknown form")
+    details |= dict.fromkeys(unknown, "softmax of an unknown form")
     nodes = list(details)
     found = [
         Unmatched(node, layer, details[node]) for node, layer in zip(nodes, _layers_of(nodes), strict=True)
@@ -147,11 +145,13 @@ def _read_chain(graph: Graph, chain: Chain, layer: int | None, changed: Mapping[
     key, value = _before_repeat(chain.key, changed), _before_repeat(chain.value, changed)
     mask = chain.scores.bias
     if mask is None:
-        for part, visible in chain.scores.masks:
-            straight = _visible(graph, chain.product, part, visible)
-            mask = straight if mask is None else _added(
-                graph, chain.product, torch.ops.aten.logical_and.default, mask, straight
-            )  # fmt: skip
+        with graph.inserting_before(chain.product):
+            for part, visible in chain.scores.masks:
+                straight = _visible(graph, part, visible)
+                both = mask is not None
+                mask = (
+                    add_call(graph, torch.ops.aten.logical_and.default, mask, straight) if both else straight
+                )
     return Site(
         node=chain.product,
         query=chain.query,
@@ -171,21 +171,14 @@ def _read_chain(graph: Graph, chain: Chain, layer: int | None, changed: Mapping[
     )
 
 
-def _visible(graph: Graph, before: Node, mask: Node, visible: bool) -> Node:
+def _visible(graph: Graph, mask: Node, visible: bool) -> Node:
     """Return a bool mask in four dimensions, True where a key is visible."""
     if not visible:
         inverted = str(mask.target) in ("aten.bitwise_not.default", "aten.logical_not.default")
-        mask = mask.args[0] if inverted else _added(graph, before, torch.ops.aten.logical_not.default, mask)  # type: ignore[assignment]
+        mask = mask.args[0] if inverted else add_call(graph, torch.ops.aten.logical_not.default, mask)  # type: ignore[assignment]
     while mask.meta["val"].dim() < 4:
-        mask = _added(graph, before, torch.ops.aten.unsqueeze.default, mask, 0)
+        mask = add_call(graph, torch.ops.aten.unsqueeze.default, mask, 0)
     return mask
-
-
-def _added(graph: Graph, before: Node, target: Any, *args: Any) -> Node:
-    with graph.inserting_before(before):
-        node = graph.call_function(target, args)
-    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
-    return node
 
 
 def _read(graph: Graph, node: Node, layer: int | None, changed: Mapping[Node, Node]) -> Site:
@@ -204,7 +197,9 @@ def _read(graph: Graph, node: Node, layer: int | None, changed: Mapping[Node, No
     if mask is not None:
         added = mask.meta["val"].dtype is not torch.bool
         bools = visible_where(mask, query.meta["val"].dtype, changed) if added else (mask, True)
-        mask = mask if bools is None else _visible(graph, node, *bools)
+        if bools is not None:
+            with graph.inserting_before(node):
+                mask = _visible(graph, *bools)
     return Site(
         node=node,
         query=query,
@@ -253,7 +248,7 @@ def _unrepeated(node: Node) -> Any:
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
         source, rank = node.args[0], node.meta["val"].dim()
         return _unwrapped(source) if dim in (1, 1 - rank) and isinstance(source, Node) else start
-    if str(node.target) not in _RESHAPES:
+    if str(node.target) not in _SPREADS:
         return start
     middle = _unwrapped(node.args[0])
     if str(middle.target) != "aten.expand.default":
@@ -266,8 +261,8 @@ def _unrepeated(node: Node) -> Any:
     # [b, heads, n, d] -> [b, heads, times, n, d] -> [b, heads * times, n, d], and nothing else.
     if len(before) != 4 or len(spread) != 5 or len(after) != 4:
         return start
-    kept = _same(before, (spread[0], spread[1], spread[3], spread[4]))
-    merged = _same(after, (spread[0], spread[1] * spread[2], spread[3], spread[4]))
+    kept = alike(before, (spread[0], spread[1], spread[3], spread[4]))
+    merged = alike(after, (spread[0], spread[1] * spread[2], spread[3], spread[4]))
     return source if kept and merged else start
 
 
@@ -278,11 +273,6 @@ def _unwrapped(node: Any) -> Any:
     ):
         node = node.args[0]
     return node
-
-
-def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Compare shapes without a guard."""
-    return all(bool(statically_known_true(a == b)) for a, b in zip(one, other, strict=True))
 
 
 def _whole_slice(node: Node) -> bool:

@@ -1,12 +1,11 @@
 """Operands of attention written out: Q, K and V of its two products, in one layout."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from hga_compile.passes.forms import RESHAPES, NoChain, merges_heads
+from hga_compile.passes.forms import RESHAPES, NoChain, add_call, merges_heads
 
 __all__ = ["query_and_key", "value_and_order"]
 
@@ -92,7 +91,7 @@ def _permuted(graph: Graph, before: Node, node: Any, order: list[int]) -> Node:
     if order == list(_STRAIGHT):
         return node  # type: ignore[no-any-return]
     with graph.inserting_before(before):
-        return _view(graph, torch.ops.aten.permute.default, node, order)
+        return add_call(graph, torch.ops.aten.permute.default, node, order)
 
 
 def _transposed(graph: Graph, node: Node) -> Node:
@@ -112,15 +111,9 @@ def _transposed(graph: Graph, node: Node) -> Node:
         if order == list(range(rank)):
             return source  # type: ignore[return-value]
         with graph.inserting_after(node):
-            return _view(graph, torch.ops.aten.permute.default, source, order)
+            return add_call(graph, torch.ops.aten.permute.default, source, order)
     with graph.inserting_after(node):
-        return _view(graph, torch.ops.aten.transpose.int, node, *last)
-
-
-def _view(graph: Graph, target: Callable[..., Any], node: Any, *args: Any) -> Node:
-    new = graph.call_function(target, (node, *args))
-    new.meta["val"] = target(node.meta["val"], *args)
-    return new
+        return add_call(graph, torch.ops.aten.transpose.int, node, *last)
 
 
 def _four(node: Node) -> Node:

@@ -17,7 +17,7 @@ from hga_compile.kernels.site import SiteConfig
 from hga_compile.passes.decide import Plan, decide
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.mask_values import MaskValues
-from hga_compile.passes.match import Site, Unmatched, find_sites, find_unmatched
+from hga_compile.passes.match import Site, Unmatched, find_attention
 from hga_compile.passes.retrace import retrace
 from hga_compile.passes.rewrite import rewrite
 
@@ -58,11 +58,7 @@ class Work:
 
     def numbers(self) -> list[int]:
         """Return the layer's number of each site; the site's own where nothing tells."""
-        alone = self.layer if len(self.sites) == 1 else None
-        return [
-            site.layer if site.layer is not None else number if alone is None else alone
-            for number, site in enumerate(self.sites)
-        ]
+        return [number if site.layer is None else site.layer for number, site in enumerate(self.sites)]
 
 
 class Retrace:
@@ -78,8 +74,9 @@ class Match:
     """Find the attention sites, and what holds attention but is none."""
 
     def __call__(self, work: Work) -> None:
-        work.sites = find_sites(work.graph.graph)
-        work.unmatched = find_unmatched(work.graph.graph, work.sites)
+        work.sites, work.unmatched = find_attention(work.graph.graph)
+        if len(work.sites) == 1 and work.sites[0].layer is None:
+            work.sites = [replace(work.sites[0], layer=work.layer)]
 
 
 class Decide:
@@ -95,12 +92,7 @@ class Decide:
             decide(site, number, work.layers, routing, values)
             for site, number in zip(work.sites, numbers, strict=True)
         ]
-        work.decisions = tuple(
-            replace(plan.decision, layer=work.layer)
-            if plan.site.layer is None and len(work.plans) == 1
-            else plan.decision
-            for plan in work.plans
-        ) + tuple(
+        work.decisions = tuple(plan.decision for plan in work.plans) + tuple(
             Decision(left.node.name, left.layer, left.phase, Reason.NOT_MATCHED, left.detail)
             for left in work.unmatched
         )

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.passes.decide import Plan
+from hga_compile.passes.forms import add_call
 from hga_compile.passes.match import Site
 
 __all__ = ["rewrite"]
@@ -62,37 +63,20 @@ def _as_before(graph: GraphModule, new: Node, old: Node, order: tuple[int, ...])
     if order != (0, 1, 2, 3):
         steps.append((aten.permute.default, list(order)))
     if wanted.dim() == 3:
-        steps.append((aten.reshape.default, list(wanted.shape)))
+        steps.append((aten.flatten.using_ints, 0, 1))
     if wanted.dtype != new.meta["val"].dtype:
         steps.append((aten.to.dtype, wanted.dtype))
-    for target, argument in steps:
-        value = target(new.meta["val"], argument)
-        sizes = argument
-        if target is aten.reshape.default:
-            sizes = [-1, *wanted.shape[1:]] if isinstance(wanted.shape[0], torch.SymInt) else argument
-            sizes = [_size(graph, new, dim, size) for dim, size in enumerate(sizes)]
-        new = graph.graph.call_function(target, (new, sizes))
-        new.meta = dict(old.meta) | {"val": value}
+    for target, *arguments in steps:
+        new = add_call(graph.graph, target, new, *arguments)
+        new.meta = dict(old.meta) | new.meta
     return new
-
-
-def _size(graph: GraphModule, four: Node, dim: int, size: Any) -> Any:
-    """Return a size as an operand: dimension `dim` of three is the one behind it of four."""
-    if not isinstance(size, torch.SymInt):
-        return size
-    node = graph.graph.call_function(torch.ops.aten.sym_size.int, (four, dim + 1))
-    node.meta["val"] = size
-    return node
 
 
 def _table(graph: GraphModule, mask: Node) -> Node:
     """``[batch, 1, 1, keys]`` to ``[batch, keys]``."""
-    value, node = mask.meta["val"], mask
     for _ in range(2):
-        value = value.select(1, 0)
-        node = graph.graph.call_function(torch.ops.aten.select.int, (node, 1, 0))
-        node.meta["val"] = value
-    return node
+        mask = add_call(graph.graph, torch.ops.aten.select.int, mask, 1, 0)
+    return mask
 
 
 def _erase_unread(graph: GraphModule, node: Node, site: Site) -> None:

@@ -133,7 +133,7 @@ def test_a_failure_inside_the_passes_leaves_the_graph_dense(recompile, monkeypat
     def broken(*given):
         raise KeyError("something unforeseen")
 
-    monkeypatch.setattr("hga_compile.passes.pipeline.find_sites", broken)
+    monkeypatch.setattr("hga_compile.passes.pipeline.find_attention", broken)
     pair, ids = Pair(make_model("llama", num_hidden_layers=1)), tokens(2, 12)
     torch.testing.assert_close(pair.compiled(ids).logits, pair.plain(ids).logits, atol=1e-5, rtol=0)
     (site,) = hga_compile.report().sites

@@ -15,7 +15,7 @@ from hga_compile.passes.decide import Plan, decide
 from hga_compile.passes.decision import Reason
 from hga_compile.passes.mask_proof import prove_mask
 from hga_compile.passes.mask_values import MaskValues
-from hga_compile.passes.match import Site, find_sites
+from hga_compile.passes.match import Site, find_attention
 
 assert ops.attention  # imported for the registration of the ops
 
@@ -38,13 +38,13 @@ def traced(function: Callable[..., Any], *inputs: Any, mode: str = "fake") -> Gr
 
 
 def sites_of(function: Callable[..., Any], *inputs: Any) -> list[Site]:
-    return find_sites(traced(function, *inputs).graph)
+    return find_attention(traced(function, *inputs).graph)[0]
 
 
 def plan_of(function: Callable[..., Any], *inputs: Any, routing: Routing | None = None) -> Plan:
     """Decide about the only attention of a function."""
     graph = traced(function, *inputs)
-    (site,) = find_sites(graph.graph)
+    (site,) = find_attention(graph.graph)[0]
     return decide(site, 0, 1, routing or Routing(), MaskValues(graph.graph))
 
 
@@ -60,7 +60,7 @@ def masked(
 
     inputs = (*rows(queries, queries if cached else keys), torch.zeros(1, dtype=torch.int64), *tables)
     graph = traced(attend, *inputs)
-    (site,) = find_sites(graph.graph)
+    (site,) = find_attention(graph.graph)[0]
     return decide(site, 0, 1, Routing(), MaskValues(graph.graph)), graph, inputs
 
 
@@ -138,7 +138,7 @@ def check_claims(
         for mask in output.args[0]:
             graph.graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, (*operands, mask))
     values = MaskValues(graph.graph)
-    plans = [decide(site, 0, 1, Routing(), values) for site in find_sites(graph.graph)]
+    plans = [decide(site, 0, 1, Routing(), values) for site in find_attention(graph.graph)[0]]
     run = _AtTheAttention(graph, plans, values)
     run.run(*inputs, *tables)
     return run.claims

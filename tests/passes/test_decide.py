@@ -7,7 +7,7 @@ from hga_compile.configs.routing import Routing
 from hga_compile.passes.decide import decide
 from hga_compile.passes.decision import Reason
 from hga_compile.passes.mask_values import MaskValues
-from hga_compile.passes.match import find_sites
+from hga_compile.passes.match import find_attention
 from hga_compile.passes.retrace import retrace
 
 HANDLE = torch.zeros(1, dtype=torch.int64)
@@ -184,7 +184,7 @@ def test_k_or_v_that_something_else_reads_stays(use):
         return attend(q, *torch.ops.hga.append(k, v, handle, 9))
 
     graph = traced(step, *rows(1), HANDLE)
-    sites = find_sites(graph.graph)
+    sites = find_attention(graph.graph)[0]
     plan = decide(sites[0], 0, 1, Routing(), MaskValues(graph.graph))
     assert plan.decision.reason is Reason.SHARED_KV
 
@@ -239,7 +239,7 @@ def test_shapes_that_are_not_supported_stay(name):
     if name.startswith("query heads"):
         # torch refuses it as well: only the decision is looked at, on a graph that is put together by hand.
         graph = by_hand(q, k, v, is_causal=True)
-        (site,) = find_sites(graph)
+        (site,) = find_attention(graph)[0]
         plan = decide(site, 0, 1, Routing(), MaskValues(graph))
     else:
         plan = plan_of(lambda q, k, v: sdpa(q, k, v, is_causal=True), q, k, v)
@@ -260,7 +260,7 @@ def dynamo_plan(function, *inputs, dims):
 
     def use(graph):
         new = retrace(graph)
-        (site,) = find_sites(new.graph)
+        (site,) = find_attention(new.graph)[0]
         return decide(site, 0, 1, Routing(), MaskValues(new.graph))
 
     return dynamo_graph(function, *inputs, use=use)
@@ -271,7 +271,7 @@ def test_a_scale_that_is_not_constant_stays():
     (node,) = graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
     with graph.inserting_before(node):
         node.kwargs = {**node.kwargs, "scale": graph.placeholder("scale")}
-    (site,) = find_sites(graph)
+    (site,) = find_attention(graph)[0]
     plan = decide(site, 0, 1, Routing(), MaskValues(graph))
     assert plan.decision.reason is Reason.SHAPE and "scale" in plan.decision.detail
 

@@ -8,7 +8,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from hga_compile.passes.decision import Reason
 from hga_compile.passes.mask_proof import prove_mask
 from hga_compile.passes.mask_values import MaskValues
-from hga_compile.passes.match import find_sites
+from hga_compile.passes.match import find_attention
 
 PADDING = torch.ones(BATCH, 12, dtype=torch.bool)
 PADDING[0, :3] = False
@@ -140,6 +140,7 @@ SLIDING = {
         5,
     ),
     "one query": (lambda: window_mask(1, 12, 4), 1, 12, (), 4),
+    "one query that sees all": (lambda: window_mask(1, 6, 8), 1, 6, (), 8),
 }
 
 
@@ -180,7 +181,7 @@ def test_sizes_may_be_dynamic(offset):
 
     inputs = (*rows(5, 5 + offset), PADDING[:, : 5 + offset].long())
     graph = traced(attend, *inputs, mode="symbolic")
-    (site,) = find_sites(graph.graph)
+    (site,) = find_attention(graph.graph)[0]
     proof = prove_mask(site.mask, MaskValues(graph.graph))
     assert proof.proven and proof.causal and proof.window is None
     assert proof.padding is not None
@@ -193,7 +194,7 @@ def test_dynamic_sizes_that_are_not_the_attention_s_are_no_proof():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
     graph = traced(attend, *rows(5, 12), torch.zeros(3), mode="symbolic")
-    (site,) = find_sites(graph.graph)
+    (site,) = find_attention(graph.graph)[0]
     proof = prove_mask(site.mask, MaskValues(graph.graph))
     assert not proof.proven and "inequality" in proof.unknown
 

@@ -3,7 +3,7 @@ import torch
 from attention_graphs import BATCH, DIM, HEADS, KV_HEADS, dynamo_graph, rows, sites_of, traced
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from hga_compile.passes.match import find_sites, find_unmatched
+from hga_compile.passes.match import find_attention
 from hga_compile.passes.retrace import retrace
 
 TIMES = HEADS // KV_HEADS
@@ -98,7 +98,7 @@ INPLACE = {
 def test_rows_that_are_written_in_place_are_not_taken_from_before_the_write(name):
     change = INPLACE[name]
     graph = traced(lambda q, k, v: sdpa(q, change(k), spread(v), enable_gqa=True, is_causal=True), *grouped())
-    (site,) = find_sites(graph.graph)
+    (site,) = find_attention(graph.graph)[0]
     assert site.key.op == "call_function"
     assert site.value.op == "placeholder"
     # Whatever was taken instead holds the values that the attention reads.
@@ -165,9 +165,9 @@ def test_k_and_v_of_two_appends_are_no_cached_attention():
         return sdpa(q, first, second, enable_gqa=True)
 
     graph = traced(attend, *rows(3, 3, KV_HEADS), HANDLE, HANDLE.clone())
-    (site,) = find_sites(graph.graph)
+    (site,) = find_attention(graph.graph)[0]
     assert site.append is None
-    assert len(find_unmatched(graph.graph, [site])) == 2
+    assert len(find_attention(graph.graph)[1]) == 2
 
 
 def test_rows_that_change_between_append_and_attention_keep_them_apart():
@@ -196,8 +196,8 @@ def test_an_append_that_no_attention_reads_is_reported():
         return torch.softmax(q[:, :KV_HEADS] @ keys.transpose(2, 3), -2) @ values
 
     graph = traced(attend, *rows(3, 3, KV_HEADS), HANDLE).graph
-    assert find_sites(graph) == []
-    (left,) = find_unmatched(graph, [])
+    assert find_attention(graph)[0] == []
+    (left,) = find_attention(graph)[1]
     assert left.phase == "prefill"
 
 
@@ -273,5 +273,7 @@ class Deep(torch.nn.Module):
     ids=["stack", "wrapped", "numbers inside", "arguments", "in a list", "one module"],
 )
 def test_layers_are_numbered_by_the_model(function, layers):
-    sites = dynamo_graph(function, torch.randn(1, 6, 8), use=lambda graph: find_sites(retrace(graph).graph))
+    sites = dynamo_graph(
+        function, torch.randn(1, 6, 8), use=lambda graph: find_attention(retrace(graph).graph)[0]
+    )
     assert [site.layer for site in sites] == layers
