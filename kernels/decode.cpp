@@ -1,13 +1,14 @@
-// Decoding on a CPU: the scan over low-bit keys, the votes, and attention over the routed groups of one query.
+// Decoding on a CPU: the scan over low-bit keys, the choice of groups, and attention over them for one query.
 //
-// Plain C++ with loops that compilers vectorise; no library but the standard one. The reference is
-// lowbit.LowBitSummary.scorer, route.merge_votes and attend.attend_gathered; native.py says what is passed.
+// Plain C++ on the vectors that GCC and Clang know; no library but the standard one. The reference is
+// lowbit.LowBitSummary.scorer, route.merge_votes, a topk and attend.attend_gathered; native.py says what is passed.
 
-#include <atomic>
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
+#include <functional>
+#include <limits>
 #include <vector>
 
 #if defined(__clang__)
@@ -16,259 +17,326 @@
 #define HGA_UNROLL _Pragma("GCC unroll 8")
 #endif
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "codes are read as little-endian words"
+#endif
+
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kVectors = 4;
+constexpr int kVectors = 4;                // bytes of a word
 constexpr int kBlock = kLanes * kVectors;  // tokens at a time
 constexpr int kHeads = 4;                  // heads at a time
-constexpr int kAhead = 8 * kBlock;          // tokens to fetch in advance
-constexpr std::int64_t kPiece = 2048;      // tokens of a row that a thread takes
-constexpr std::int64_t kWorthAThread = 1 << 21;
+constexpr int kAhead = 8 * kBlock;         // tokens to fetch in advance
+constexpr int kPages = 4;                  // pages to fetch in advance
+constexpr int kFlush = 64;                 // vectors that are summed in float32 before float64 takes over
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-using Bytes = std::uint8_t __attribute__((vector_size(kLanes)));
+using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
 using Integers = std::int32_t __attribute__((vector_size(4 * kLanes)));
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 
+inline Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline void store(float* to, const Floats& value) { std::memcpy(to, &value, sizeof value); }
+
+inline Floats larger(const Floats& one, const Floats& other) { return one > other ? one : other; }
+
+inline float sum_of(const Floats& value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  return lanes[0];
+}
+
+inline float largest_of(const Floats& value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
 // exp for x <= 0 (Cephes expf: the argument is reduced by multiples of log 2, then a polynomial).
-inline float exp_negative(float x) {
-  x = x > -87.0f ? x : -87.0f;
+inline Floats exp_negative(Floats x) {
+  x = larger(x, Floats{} - 87.0f);
   // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, which the low bits then hold.
   const float magic = 12582912.0f;
-  const float shifted = x * 1.44269504088896341f + magic;
-  const float n = shifted - magic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  const Floats shifted = x * 1.44269504088896341f + magic;
+  const Floats n = shifted - magic;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  std::int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  const Integers bits = ((Integers)shifted + 127) << 23;
+  return p * (Floats)bits;
 }
 
-void exp_all(float* __restrict__ values, std::int64_t count, float peak) {
-  for (std::int64_t place = 0; place < count; ++place) values[place] = exp_negative(values[place] - peak);
-}
-
-// Sums stay in registers: `kCount` heads of `kBlock` tokens, 16 tokens a vector.
+// Products of `kCount` queries with the levels of `kBlock` tokens, not yet scaled. Sums stay in registers. The bytes
+// of four tokens are read as one word and shifted into place: lane `l` of vector `v` is token `4 * l + v`.
 template <int kBits, int kCount>
-void score_block(const std::uint8_t* codes, std::int64_t stride, const float* query, const float* start, int dim,
-                 const float* scales, float* out, std::int64_t out_stride, int tokens) {
+inline void score_block(const std::uint8_t* codes, std::int64_t stride, const float* query, const float* start,
+                        int bytes, Floats (&sum)[kCount][kVectors]) {
   constexpr int kPerByte = 8 / kBits;
   constexpr int kMask = (1 << kBits) - 1;
-  Floats sum[kCount][kVectors];
   HGA_UNROLL
   for (int head = 0; head < kCount; ++head) {
     HGA_UNROLL
     for (int part = 0; part < kVectors; ++part) sum[head][part] = Floats{} + start[head];
   }
-  std::uint8_t padded[kBlock] = {};
-  for (int byte = 0; byte * kPerByte < dim; ++byte) {
-    const std::uint8_t* source = codes + byte * stride;
-    if (tokens < kBlock) {
-      std::memcpy(padded, source, tokens);
-      source = padded;
-    } else {
-      __builtin_prefetch(source + kAhead);
-    }
-    Integers packed[kVectors];
+  for (int byte = 0; byte < bytes; ++byte) {
+    __builtin_prefetch(codes + byte * stride + kAhead);
+    Words words;
+    std::memcpy(&words, codes + byte * stride, sizeof words);
     HGA_UNROLL
-    for (int part = 0; part < kVectors; ++part) {
-      Bytes bytes;
-      std::memcpy(&bytes, source + part * kLanes, sizeof bytes);
-      packed[part] = __builtin_convertvector(bytes, Integers);
-    }
-    for (int place = 0; place < kPerByte && byte * kPerByte + place < dim; ++place) {
+    for (int place = 0; place < kPerByte; ++place) {
       Floats level[kVectors];
       HGA_UNROLL
       for (int part = 0; part < kVectors; ++part)
-        level[part] = __builtin_convertvector(packed[part] & (kMask << (place * kBits)), Floats);
+        level[part] = __builtin_convertvector((Integers)((words >> (8 * part)) & (kMask << (place * kBits))), Floats);
       HGA_UNROLL
       for (int head = 0; head < kCount; ++head) {
-        const float factor = query[head * dim + byte * kPerByte + place];
+        const float factor = query[(byte * kPerByte + place) * kCount + head];
         HGA_UNROLL
         for (int part = 0; part < kVectors; ++part) sum[head][part] += level[part] * factor;
       }
     }
   }
-  HGA_UNROLL
-  for (int head = 0; head < kCount; ++head) {
-    float scores[kBlock];
-    std::memcpy(scores, sum[head], sizeof scores);
-    for (int token = 0; token < tokens; ++token) out[head * out_stride + token] = scores[token] * scales[token];
-  }
 }
 
-template <int kBits>
-void score_row(const std::uint8_t* codes, std::int64_t stride, const float* query, int heads, int dim,
-               const float* scales, float* out, std::int64_t out_stride, std::int64_t tokens) {
+// Scores [heads, blocks, kVectors, kLanes] of whole blocks, scaled; what lies past the last token is -infinity.
+// Sets the heads' `peaks`; returns false if a score is not finite.
+template <int kBits, int kCount>
+bool score_heads(const std::uint8_t* codes, std::int64_t stride, const float* query, int dim, const float* scales,
+                 float* out, float* peaks, std::int64_t tokens) {
   constexpr int kPerByte = 8 / kBits;
   constexpr float kTop = ((1 << kBits) - 1) / 2.0f;
+  const int bytes = (dim + kPerByte - 1) / kPerByte;
+  const std::int64_t blocks = (tokens + kBlock - 1) / kBlock;
   // A level that is left in its place in a byte is a power of two too large: the query makes up for it, exactly.
-  std::vector<float> shrunk(static_cast<std::size_t>(heads) * dim), start(heads);
-  for (int head = 0; head < heads; ++head)
+  std::vector<float> shrunk(static_cast<std::size_t>(bytes) * kPerByte * kCount);
+  float start[kCount] = {};
+  for (int head = 0; head < kCount; ++head)
     for (int channel = 0; channel < dim; ++channel) {
       const float value = query[head * dim + channel];
       start[head] -= kTop * value;
-      shrunk[head * dim + channel] = value / static_cast<float>(1 << (channel % kPerByte * kBits));
+      shrunk[channel * kCount + head] = value / static_cast<float>(1 << (channel % kPerByte * kBits));
     }
-  for (std::int64_t begin = 0; begin < tokens; begin += kBlock) {
-    const int count = static_cast<int>(tokens - begin < kBlock ? tokens - begin : kBlock);
-    for (int head = 0; head < heads; head += kHeads) {
-      const float* part = shrunk.data() + static_cast<std::size_t>(head) * dim;
-      float* to = out + head * out_stride + begin;
-      const int left = heads - head < kHeads ? heads - head : kHeads;
-      auto run = left == 1   ? score_block<kBits, 1>
-                 : left == 2 ? score_block<kBits, 2>
-                 : left == 3 ? score_block<kBits, 3>
-                             : score_block<kBits, 4>;
-      run(codes + begin, stride, part, start.data() + head, dim, scales + begin, to, out_stride, count);
+  std::vector<std::uint8_t> rest;
+  Floats peak[kCount], bad = {};
+  for (Floats& most : peak) most = Floats{} - kInfinity;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t count = std::min<std::int64_t>(kBlock, tokens - block * kBlock);
+    const std::uint8_t* source = codes + block * kBlock;
+    std::int64_t step = stride;
+    if (count < kBlock) {
+      // Nothing is read past the last token's codes.
+      rest.resize(static_cast<std::size_t>(bytes) * kBlock);
+      for (int byte = 0; byte < bytes; ++byte)
+        std::memcpy(rest.data() + byte * kBlock, source + byte * stride, static_cast<std::size_t>(count));
+      source = rest.data(), step = kBlock;
+    }
+    Floats sum[kCount][kVectors];
+    score_block<kBits, kCount>(source, step, shrunk.data(), start, bytes, sum);
+    float ordered[kVectors][kLanes] = {};
+    for (std::int64_t token = 0; token < count; ++token)
+      ordered[token % kVectors][token / kVectors] = scales[block * kBlock + token];
+    for (int part = 0; part < kVectors; ++part) {
+      const Floats scale = load(ordered[part]);
+      for (int head = 0; head < kCount; ++head) {
+        Floats score = sum[head][part] * scale;
+        bad += score * 0.0f;  // not a number where the score is not finite
+        if (count < kBlock)
+          for (int lane = 0; lane < kLanes; ++lane)
+            if (lane * kVectors + part >= count) score[lane] = -kInfinity;
+        peak[head] = larger(score, peak[head]);
+        store(out + ((head * blocks + block) * kVectors + part) * kLanes, score);
+      }
     }
   }
+  for (int head = 0; head < kCount; ++head) peaks[head] = largest_of(peak[head]);
+  return sum_of(bad) == 0.0f;
 }
 
-// Sums of `kSize` neighbours; returns the sum of all.
-template <int kSize>
-double sum_groups(const float* __restrict__ values, float* __restrict__ sums, std::int64_t groups, int size) {
-  const int members = kSize ? kSize : size;
+template <int kBits>
+bool score_row(const std::uint8_t* codes, std::int64_t stride, const float* query, int heads, int dim,
+               const float* scales, float* out, float* peaks, std::int64_t tokens) {
+  const std::int64_t blocks = (tokens + kBlock - 1) / kBlock;
+  bool finite = true;
+  for (int head = 0; head < heads; head += kHeads) {
+    const int left = std::min(kHeads, heads - head);
+    auto run = left == 1   ? score_heads<kBits, 1>
+               : left == 2 ? score_heads<kBits, 2>
+               : left == 3 ? score_heads<kBits, 3>
+                           : score_heads<kBits, 4>;
+    finite &= run(codes, stride, query + head * dim, dim, scales, out + head * blocks * kBlock, peaks + head, tokens);
+  }
+  return finite;
+}
+
+auto scorer_of(int bits) {
+  return bits == 1 ? score_row<1> : bits == 2 ? score_row<2> : bits == 4 ? score_row<4> : score_row<8>;
+}
+
+// Softmax masses [blocks, kLanes] of runs of four tokens, in their order; returns their sum.
+double sum_fours(const float* scores, float peak, float* masses, std::int64_t blocks) {
   double total = 0.0;
-  for (std::int64_t begin = 0; begin < groups; begin += kBlock) {
-    const std::int64_t end = begin + kBlock < groups ? begin + kBlock : groups;
-    float lanes[kLanes] = {};
-    for (std::int64_t group = begin; group < end; ++group) {
-      float sum = 0.0f;
-      for (int member = 0; member < members; ++member) sum += values[group * members + member];
-      sums[group] = sum;
-      lanes[group % kLanes] += sum;
+  for (std::int64_t begin = 0; begin < blocks; begin += kFlush) {
+    Floats lanes = {};
+    for (std::int64_t block = begin; block < std::min(blocks, begin + kFlush); ++block) {
+      Floats mass = {};
+      for (int part = 0; part < kVectors; ++part)
+        mass += exp_negative(load(scores + (block * kVectors + part) * kLanes) - peak);
+      store(masses + block * kLanes, mass);
+      lanes += mass;
     }
-    for (const float lane : lanes) total += lane;
+    total += sum_of(lanes);
   }
   return total;
 }
 
-// Largest value of a run; sets `finite` to false where a value is not.
-float largest(const float* values, std::int64_t count, bool& finite) {
-  float most[16];
-  float bad[16] = {};
-  for (float& value : most) value = -INFINITY;
-  std::int64_t place = 0;
-  for (; place + 16 <= count; place += 16)
-    for (int lane = 0; lane < 16; ++lane) {
-      const float value = values[place + lane];
-      most[lane] = value > most[lane] ? value : most[lane];
-      bad[lane] += value * 0.0f;  // not a number where the value is not finite
-    }
-  for (; place < count; ++place) {
-    most[0] = values[place] > most[0] ? values[place] : most[0];
-    bad[0] += values[place] * 0.0f;
+// Adds one head's votes for groups of `fours` runs of four tokens.
+void add_votes(const float* masses, float share, float* votes, std::int64_t groups, int fours, bool most) {
+  for (std::int64_t group = 0; group < groups; ++group) {
+    float mass = 0.0f;
+    for (int run = 0; run < fours; ++run) mass += masses[group * fours + run];
+    const float vote = mass * share;
+    votes[group] = most ? std::max(votes[group], vote) : votes[group] + vote;
   }
-  for (int lane = 0; lane < 16; ++lane) {
-    most[0] = most[lane] > most[0] ? most[lane] : most[0];
-    finite = finite && bad[lane] == 0.0f;
+}
+
+// Appends the `count` groups of `first <= group < end` with the most votes, ascending; of equals the first ones.
+void choose(const float* votes, std::int64_t first, std::int64_t end, std::int64_t count, std::vector<float>& sorted,
+            std::vector<std::int64_t>& groups) {
+  count = std::min(count, end - first);
+  if (count <= 0) return;
+  sorted.assign(votes + first, votes + end);
+  std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<float>());
+  const float least = sorted[count - 1];
+  std::int64_t equals = count;
+  for (std::int64_t group = first; group < end; ++group) equals -= votes[group] > least;
+  for (std::int64_t group = first; group < end; ++group)
+    if (votes[group] > least || (votes[group] == least && equals-- > 0)) groups.push_back(group);
+}
+
+inline float dot(const float* one, const float* other, int dim) {
+  Floats sum = {};
+  int channel = 0;
+  for (; channel + kLanes <= dim; channel += kLanes) sum += load(one + channel) * load(other + channel);
+  float rest = 0.0f;
+  for (; channel < dim; ++channel) rest += one[channel] * other[channel];
+  return sum_of(sum) + rest;
+}
+
+// Softmax attention of queries [heads, dim] over the first `tokens` tokens of pages: a page holds the keys
+// [size, dim] and then the values [size, v_dim] of one group of one row.
+void attend_row(const float* pages, std::int64_t stride, const std::int64_t* groups, std::int64_t count,
+                std::int64_t tokens, const float* query, float* out, int heads, int dim, int v_dim, int size,
+                float scale, std::vector<float>& weights) {
+  const std::int64_t page = static_cast<std::int64_t>(size) * (dim + v_dim);
+  weights.resize(static_cast<std::size_t>(heads * tokens));
+  for (std::int64_t place = 0; place < count; ++place) {
+    // The pages lie far apart: the next ones are fetched while this one is worked on.
+    if (place + kPages < count)
+      for (std::int64_t line = 0; line < page; line += kLanes)
+        __builtin_prefetch(pages + groups[place + kPages] * stride + line);
+    const float* keys = pages + groups[place] * stride;
+    for (std::int64_t token = place * size; token < std::min(tokens, (place + 1) * size); ++token, keys += dim)
+      for (int head = 0; head < heads; ++head)
+        weights[head * tokens + token] = dot(query + head * dim, keys, dim) * scale;
   }
-  return most[0];
+  for (int head = 0; head < heads; ++head) {
+    float* weight = weights.data() + head * tokens;
+    float peak = -kInfinity, total = 0.0f;
+    // Written so that a score that is not a number stays one.
+    for (std::int64_t token = 0; token < tokens; ++token) peak = weight[token] <= peak ? peak : weight[token];
+    for (std::int64_t token = 0; token < tokens; ++token) total += weight[token] = std::exp(weight[token] - peak);
+    for (std::int64_t token = 0; token < tokens; ++token) weight[token] /= total;
+    std::fill(out + head * v_dim, out + (head + 1) * v_dim, 0.0f);
+  }
+  for (std::int64_t place = 0; place < count; ++place) {
+    const float* values = pages + groups[place] * stride + static_cast<std::int64_t>(size) * dim;
+    for (std::int64_t token = place * size; token < std::min(tokens, (place + 1) * size); ++token, values += v_dim)
+      for (int head = 0; head < heads; ++head) {
+        const float weight = weights[head * tokens + token];
+        float* to = out + head * v_dim;
+        int channel = 0;
+        for (; channel + kLanes <= v_dim; channel += kLanes)
+          store(to + channel, load(to + channel) + load(values + channel) * weight);
+        for (; channel < v_dim; ++channel) to[channel] += weight * values[channel];
+      }
+  }
 }
 
 }  // namespace
 
 extern "C" {
 
-// Scores [rows, heads, tokens] of queries [rows, heads, dim]; 0 if all are finite.
+// Scores [rows, heads, tokens] of queries [rows, heads, dim]; 1 if one is not finite.
 int hga_scores(const std::uint8_t* codes, std::int64_t row_stride, std::int64_t byte_stride, const float* scales,
                const float* query, float* scores, std::int64_t rows, int heads, int dim, int bits,
-               std::int64_t tokens, int threads) {
-  auto run = bits == 1 ? score_row<1> : bits == 2 ? score_row<2> : bits == 4 ? score_row<4> : score_row<8>;
-  std::atomic<std::int64_t> next{0};
-  std::atomic<int> broken{0};
-  const std::int64_t pieces = rows * ((tokens + kPiece - 1) / kPiece);
-  auto work = [&] {
-    for (std::int64_t piece = next++; piece < pieces; piece = next++) {
-      const std::int64_t row = piece % rows, begin = piece / rows * kPiece;
-      const std::int64_t count = tokens - begin < kPiece ? tokens - begin : kPiece;
-      float* to = scores + row * heads * tokens + begin;
-      run(codes + row * row_stride + begin, byte_stride, query + row * heads * dim, heads, dim,
-          scales + row * tokens + begin, to, tokens, count);
-      bool finite = true;
-      for (int head = 0; head < heads; ++head) largest(to + head * tokens, count, finite);
-      if (!finite) broken = 1;
-    }
-  };
-  // A thread takes longer to start than a small scan.
-  const std::int64_t useful = rows * heads * dim * tokens / kWorthAThread;
-  std::vector<std::thread> others;
-  for (std::int64_t extra = 1; extra < threads && extra <= useful; ++extra) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
-  return broken;
-}
-
-// Votes [rows, groups] from scores [rows, heads, groups * size], which are overwritten; finite scores only.
-void hga_votes(float* scores, float* votes, std::int64_t rows, int heads, std::int64_t groups, int size, int most) {
-  std::vector<float> mass(groups);
+               std::int64_t tokens) {
+  const std::int64_t blocks = (tokens + kBlock - 1) / kBlock;
+  std::vector<float> found(heads * blocks * kBlock), peaks(heads);
   for (std::int64_t row = 0; row < rows; ++row) {
-    float* out = votes + row * groups;
-    for (std::int64_t group = 0; group < groups; ++group) out[group] = 0.0f;
-    for (int head = 0; head < heads; ++head) {
-      float* part = scores + (row * heads + head) * groups * size;
-      bool finite = true;
-      const float peak = largest(part, groups * size, finite);
-      exp_all(part, groups * size, peak);
-      auto add = size == 4 ? sum_groups<4> : size == 8 ? sum_groups<8> : size == 16 ? sum_groups<16> : sum_groups<0>;
-      const double total = add(part, mass.data(), groups, size);
-      const float share = total > 0.0 ? static_cast<float>(1.0 / total) : 0.0f;
-      for (std::int64_t group = 0; group < groups; ++group) {
-        const float vote = mass[group] * share;
-        out[group] = most ? (vote > out[group] ? vote : out[group]) : out[group] + vote;
-      }
-    }
+    if (!scorer_of(bits)(codes + row * row_stride, byte_stride, query + row * heads * dim, heads, dim,
+                         scales + row * tokens, found.data(), peaks.data(), tokens))
+      return 1;
+    for (int head = 0; head < heads; ++head)
+      for (std::int64_t token = 0; token < tokens; ++token)
+        scores[(row * heads + head) * tokens + token] =
+            found[(head * blocks + token / kBlock) * kBlock + token % kVectors * kLanes + token % kBlock / kVectors];
   }
+  return 0;
 }
 
-// Softmax attention of queries [rows, heads, dim] over the first `tokens` tokens of pages [*, rows, page]: a page
-// holds the keys [size, dim] and then the values [size, v_dim] of one group of one row; `groups` [rows, count].
+// Attention of queries [rows, heads, dim] over the first `tokens` tokens of groups [rows, count].
 void hga_attend(const float* pages, const std::int64_t* groups, const float* query, float* out, std::int64_t rows,
                 int heads, int dim, int v_dim, int size, std::int64_t count, std::int64_t tokens, float scale) {
   const std::int64_t page = static_cast<std::int64_t>(size) * (dim + v_dim);
-  std::vector<float> weight(tokens);
+  std::vector<float> weights;
   for (std::int64_t row = 0; row < rows; ++row)
+    attend_row(pages + row * page, rows * page, groups + row * count, count, tokens, query + row * heads * dim,
+               out + row * heads * v_dim, heads, dim, v_dim, size, scale, weights);
+}
+
+// A whole step: route `turned` queries over the groups before the window, choose `chosen` of them behind the sinks, and
+// attend to sinks, chosen groups and window up to token `length`. 1 if a score is not finite: `out` counts for nothing.
+int hga_step(const float* pages, const std::uint8_t* codes, std::int64_t row_stride, std::int64_t byte_stride,
+             const float* scales, const float* turned, const float* query, float* out, std::int64_t rows, int heads,
+             int dim, int v_dim, int size, int bits, int most, std::int64_t sink_start, std::int64_t sink_end,
+             std::int64_t window, std::int64_t chosen, std::int64_t length, float scale) {
+  const std::int64_t tokens = window * size, blocks = (tokens + kBlock - 1) / kBlock;
+  const std::int64_t page = static_cast<std::int64_t>(size) * (dim + v_dim), last = (length + size - 1) / size;
+  // Kept from step to step: fresh memory costs more than what is done with it.
+  thread_local std::vector<float> scores, peaks, masses, votes, sorted, weights;
+  thread_local std::vector<std::int64_t> groups;
+  scores.resize(heads * blocks * kBlock);
+  peaks.resize(heads);
+  masses.resize(blocks * kLanes);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    if (!scorer_of(bits)(codes + row * row_stride, byte_stride, turned + row * heads * dim, heads, dim,
+                         scales + row * tokens, scores.data(), peaks.data(), tokens))
+      return 1;
+    votes.assign(window, 0.0f);
     for (int head = 0; head < heads; ++head) {
-      const float* asked = query + (row * heads + head) * dim;
-      float peak = -INFINITY;
-      for (std::int64_t token = 0; token < tokens; ++token) {
-        // The pages lie far apart: the next ones are fetched while this one is worked on.
-        if (head == 0 && token % size == 0 && token / size + 4 < count)
-          for (std::int64_t place = 0; place < page; place += kLanes)
-            __builtin_prefetch(pages + (groups[row * count + token / size + 4] * rows + row) * page + place);
-        const float* key = pages + (groups[row * count + token / size] * rows + row) * page + token % size * dim;
-        float lanes[kLanes] = {};
-        int channel = 0;
-        for (; channel + kLanes <= dim; channel += kLanes)
-          for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += asked[channel + lane] * key[channel + lane];
-        for (; channel < dim; ++channel) lanes[0] += asked[channel] * key[channel];
-        float score = 0.0f;
-        for (const float lane : lanes) score += lane;
-        weight[token] = score * scale;
-        // Written so that a score that is not a number stays one.
-        peak = weight[token] <= peak ? peak : weight[token];
-      }
-      float* to = out + (row * heads + head) * v_dim;
-      for (int channel = 0; channel < v_dim; ++channel) to[channel] = 0.0f;
-      float total = 0.0f;
-      for (std::int64_t token = 0; token < tokens; ++token) {
-        const float share = std::exp(weight[token] - peak);
-        total += share;
-        const float* value =
-            pages + (groups[row * count + token / size] * rows + row) * page + size * dim + token % size * v_dim;
-        for (int channel = 0; channel < v_dim; ++channel) to[channel] += share * value[channel];
-      }
-      for (int channel = 0; channel < v_dim; ++channel) to[channel] /= total;
+      const double total = sum_fours(scores.data() + head * blocks * kBlock, peaks[head], masses.data(), blocks);
+      add_votes(masses.data(), static_cast<float>(1.0 / total), votes.data(), window, size / kVectors, most);
     }
+    groups.clear();
+    for (std::int64_t group = sink_start; group < sink_end; ++group) groups.push_back(group);
+    choose(votes.data(), sink_end, window, chosen, sorted, groups);
+    for (std::int64_t group = window; group < last; ++group) groups.push_back(group);
+    const std::int64_t count = static_cast<std::int64_t>(groups.size());
+    attend_row(pages + row * page, rows * page, groups.data(), count, count * size - (last * size - length),
+               query + row * heads * dim, out + row * heads * v_dim, heads, dim, v_dim, size, scale, weights);
+  }
+  return 0;
 }
 }

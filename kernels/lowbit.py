@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels.native import scan_scores, scan_votes
+from hga_compile.kernels.native import STEP_TOKENS, Span, decode_step, scan_scores
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
@@ -125,38 +125,54 @@ class LowBitSummary:
 
     def scorer(self, groups: int) -> Scorer:
         """Return the scoring function of the first `groups` groups."""
-        tokens = groups * self.group_size
-        codes, scales = self.codes[:, :, :tokens], self.scales[:, None, :tokens].float()
-        turn, top = rotation(self.dim, codes.device), (2**self.bits - 1) / 2
-        levels: list[Tensor] = []
-
-        def turned(query: Tensor) -> Tensor:
-            return query.reshape(query.shape[0], -1, query.shape[3]) @ turn
-
-        def scan(flat: Tensor, limit: int) -> Tensor | None:
-            """Score one query on a CPU: unpacking alone costs more than this does."""
-            if codes.device.type != "cpu":
-                return None
-            return scan_scores(codes, scales[:, 0, : limit * self.group_size], flat, self.bits)
+        codes, scales = self._coded(groups)
+        top, levels = (2**self.bits - 1) / 2, list[Tensor]()
 
         def score(query: Tensor, limit: int) -> Tensor:
             rows, heads, queries, _ = query.shape
-            flat = turned(query)
-            token = scan(flat, limit) if queries == 1 else None
+            flat, end = self._turned(query), limit * self.group_size
+            token = None
+            if queries == 1 and codes.device.type == "cpu":
+                # Unpacking alone costs more than this does.
+                token = scan_scores(codes, scales[:, :end], flat, self.bits)
             if token is None:
                 if not levels:
                     levels.append(decode_levels(codes, self.bits, self.dim))
-                end = limit * self.group_size
                 token = torch.bmm(flat, levels[0][:, :, :end])
                 # The levels are centred through the query: one pass less over the codes.
-                token.sub_(flat.sum(-1, keepdim=True) * top).mul_(scales[:, :, :end])
+                token.sub_(flat.sum(-1, keepdim=True) * top).mul_(scales[:, None, :end])
             return token.view(rows, heads, queries, limit, self.group_size)
 
-        def votes(query: Tensor, limit: int, vote: str) -> Tensor | None:
-            token = scan(turned(query), limit)
-            return None if token is None else scan_votes(token, self.group_size, vote)[:, None]
+        return score
 
-        return Scorer(score, votes)
+    def step(
+        self, pages: Tensor, scaled: Tensor, query: Tensor, span: Span, vote: str, scale: float
+    ) -> Tensor | None:
+        """Route one query a row and attend, on a CPU (see `decode_step`).
+
+        Parameters
+        ----------
+        pages : Tensor
+            ``[groups, rows, page]`` float32.
+        scaled, query : Tensor
+            ``[rows, heads, 1, dim]`` float32, with the softmax scale applied and without.
+        span : Span
+            Which groups are fixed, and how many to choose; all before its window are summarised.
+        vote, scale
+            `routing.vote` and the softmax scale.
+
+        Returns
+        -------
+        Tensor or None
+            ``[rows, heads, v_dim]``; None where there is no such way.
+        """
+        if self.group_size % STEP_TOKENS:
+            return None
+        codes, scales = self._coded(span.window)
+        return decode_step(
+            pages, codes, scales, self._turned(scaled), query[:, :, 0], span,
+            bits=self.bits, group_size=self.group_size, vote=vote, scale=scale,
+        )  # fmt: skip
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows`."""
@@ -171,6 +187,15 @@ class LowBitSummary:
     def nbytes(self) -> int:
         """Return the bytes allocated."""
         return self.codes.nbytes + self.scales.nbytes + self.centre.nbytes
+
+    def _coded(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Codes ``[rows, bytes, tokens]`` and float32 scales ``[rows, tokens]`` of the first groups."""
+        tokens = groups * self.group_size
+        return self.codes[:, :, :tokens], self.scales[:, :tokens].float()
+
+    def _turned(self, query: Tensor) -> Tensor:
+        """Rotate queries as the keys are, to ``[rows, heads * queries, dim]``."""
+        return query.reshape(query.shape[0], -1, query.shape[3]) @ rotation(self.dim, query.device)
 
 
 @register_summary("lowbit")

@@ -50,7 +50,7 @@ class MeanSummary:
             flat = torch.bmm(query.reshape(rows, -1, dim), means[:, :, :limit])
             return flat.view(rows, heads, queries, limit, 1)
 
-        return Scorer(score)
+        return score
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows`."""

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from platformdirs import user_cache_dir
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hga_compile.kernels.ledger import LEDGER
 
-__all__ = ["attend_pages", "scan_scores", "scan_votes"]
+__all__ = ["STEP_TOKENS", "Span", "attend_pages", "decode_step", "scan_scores"]
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +27,29 @@ _FLAGS = (
     "-std=c++17",
     "-O3",
     "-march=native",
-    "-pthread",
+    "-Wno-psabi",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fPIC",
     "-shared",
 )
 _SECONDS = 120
+
+STEP_TOKENS = 4
+"""Groups of `decode_step` are of a multiple of so many tokens."""
+
+
+class Span(NamedTuple):
+    """Groups of one unpadded query: sinks, those to choose from, and the window, which ends the sequence."""
+
+    sink_start: int
+    sink_end: int
+    window: int
+    """First group of the window: groups before it are routed over."""
+    chosen: int
+    """Groups to choose from `sink_end` on."""
+    length: int
+    """Tokens of the sequence."""
 
 
 def scan_scores(codes: Tensor, scales: Tensor, query: Tensor, bits: int) -> Tensor | None:
@@ -62,36 +79,9 @@ def scan_scores(codes: Tensor, scales: Tensor, query: Tensor, bits: int) -> Tens
     scores = torch.empty(rows, heads, tokens, device="cpu", dtype=torch.float32)
     broken = library.hga_scores(
         codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(), query.data_ptr(),
-        scores.data_ptr(), rows, heads, dim, bits, tokens, torch.get_num_threads(),
+        scores.data_ptr(), rows, heads, dim, bits, tokens,
     )  # fmt: skip
     return None if broken else scores
-
-
-def scan_votes(scores: Tensor, group_size: int, vote: str) -> Tensor:
-    """Merge the heads' finite scores into votes, as `route.merge_votes` does where every group is seen.
-
-    Parameters
-    ----------
-    scores : Tensor
-        ``[rows, heads, tokens]`` from `scan_scores`; overwritten.
-    group_size : int
-        Tokens of a group; divides `tokens`.
-    vote : str
-        `mass_sum` or `mass_max`.
-
-    Returns
-    -------
-    Tensor
-        ``[rows, groups]`` float32.
-    """
-    rows, heads, tokens = scores.shape
-    votes = torch.empty(rows, tokens // group_size, device="cpu", dtype=torch.float32)
-    library = _library()
-    assert library is not None  # it made the scores
-    library.hga_votes(
-        scores.data_ptr(), votes.data_ptr(), rows, heads, votes.shape[1], group_size, int(vote == "mass_max")
-    )
-    return votes
 
 
 def attend_pages(
@@ -133,6 +123,58 @@ def attend_pages(
     return out
 
 
+def decode_step(
+    pages: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    turned: Tensor,
+    query: Tensor,
+    span: Span,
+    *,
+    bits: int,
+    group_size: int,
+    vote: str,
+    scale: float,
+) -> Tensor | None:
+    """Route one query a row by low-bit keys and attend, as `scan_scores`, votes and `attend_pages` would.
+
+    Parameters
+    ----------
+    pages : Tensor
+        As `attend_pages` takes them.
+    codes, scales : Tensor
+        As `scan_scores` takes them, of the groups before the window.
+    turned : Tensor
+        ``[rows, heads, dim]`` float32: the query scaled and rotated as the keys are.
+    query : Tensor
+        ``[rows, heads, dim]`` float32, as it is.
+    span : Span
+        Which groups are fixed, and how many to choose.
+    bits, group_size, vote
+        Settings of the layer; the group size is a multiple of `STEP_TOKENS`.
+    scale : float
+        Softmax scale.
+
+    Returns
+    -------
+    Tensor or None
+        ``[rows, heads, v_dim]``; None without a compiler, and where a score is not finite.
+    """
+    library = _library()
+    if library is None:
+        return None
+    rows, heads, dim = query.shape
+    v_dim = pages.shape[2] // group_size - dim
+    turned, query = turned.contiguous(), query.contiguous()
+    out = torch.empty(rows, heads, v_dim, device="cpu", dtype=torch.float32)
+    broken = library.hga_step(
+        pages.data_ptr(), codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(),
+        turned.data_ptr(), query.data_ptr(), out.data_ptr(), rows, heads, dim, v_dim, group_size, bits,
+        vote == "mass_max", span.sink_start, span.sink_end, span.window, span.chosen, span.length, scale,
+    )  # fmt: skip
+    return None if broken else out
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     """Return the built library; None, counted and logged once, where it cannot be built."""
@@ -143,12 +185,12 @@ def _library() -> ctypes.CDLL | None:
         LEDGER.count_fallback("no C++ compiler: the index is scanned in plain torch")
         return None
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.hga_scores.argtypes = [pointer, long, long, *[pointer] * 3, long, *[short] * 3, long, short]
-    library.hga_scores.restype = short
-    library.hga_votes.argtypes = [pointer, pointer, long, short, long, short, short]
-    library.hga_votes.restype = None
-    library.hga_attend.argtypes = [*[pointer] * 4, long, *[short] * 4, long, long, ctypes.c_float]
+    real = ctypes.c_float
+    library.hga_scores.argtypes = [pointer, long, long, *[pointer] * 3, long, *[short] * 3, long]
+    library.hga_attend.argtypes = [*[pointer] * 4, long, *[short] * 4, long, long, real]
     library.hga_attend.restype = None
+    tensors: list[Any] = [*[pointer] * 2, *[long] * 2, *[pointer] * 4]
+    library.hga_step.argtypes = [*tensors, long, *[short] * 6, *[long] * 5, real]
     return library
 
 

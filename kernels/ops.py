@@ -277,15 +277,14 @@ def attention(
 class _Whole:
     """K/V that lie in two tensors, as `routed.KeyValues`."""
 
+    host_pages = None
+
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
         self.rows = self.key.shape[0]
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         return self.key[:, begin:end], self.value[:, begin:end]
-
-    def attend(self, groups: Tensor, query: Tensor, tokens: int, scale: float) -> None:
-        return None
 
     @property
     def row_bytes(self) -> int:

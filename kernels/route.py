@@ -113,8 +113,7 @@ def choose_groups(
         kept = _keep_chunks(routing, plan, query, chunks, groups, real)
     if kept is None and real is None and query.shape[2] == 1 and groups == plan.certain:
         # One query without padding sees all of these groups: nothing to mask, and all counts are known.
-        quick = None if score.votes is None else score.votes(query, groups, routing.vote)
-        votes = merge_votes(score(query, groups), None, routing.vote) if quick is None else quick
+        votes = merge_votes(score(query, groups), None, routing.vote)
         first = int(plan.sink_end)
         best = votes[..., first:].topk(min(int(plan.chosen), groups - first), -1, sorted=False)
         return Chosen(best.indices + first, torch.ones_like(best.indices, dtype=torch.bool))

@@ -11,6 +11,8 @@ from hga_compile.configs.routing import Routing
 from hga_compile.kernels.attend import attend_full, attend_gathered, attend_masked, routed_mask
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
+from hga_compile.kernels.lowbit import LowBitSummary
+from hga_compile.kernels.native import Span, attend_pages
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.route import Chosen, choose_groups, per_row
 from hga_compile.kernels.scoring import PLAIN, Scoring
@@ -43,11 +45,9 @@ class KeyValues(Protocol):
         Tokens past the end of the sequence may hold anything finite or not; the caller masks them.
         """
 
-    def attend(self, groups: Tensor, query: Tensor, tokens: int, scale: float) -> Tensor | None:
-        """Attend from queries ``[rows, heads, dim]`` to the first `tokens` tokens of ``[rows, n]`` groups.
-
-        None where there is no faster way than `gather`.
-        """
+    @property
+    def host_pages(self) -> Tensor | None:
+        """Pages ``[groups, rows, page]`` that kernels for the CPU can read in place; None without."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,9 @@ def _decode(call: _Call) -> Tensor:
     plan = _plan(call, call.first, 1)
     _count_visible(call, plan)
     known = min(plan.last_window, _groups(call))
+    out = _step(call, plan, known)
+    if out is not None:
+        return out
     chosen = _choose(call, plan, call.scaled, known, _scorer(call, known))
     if call.padding is None:
         fixed = _fixed_groups(routing, call.first).to(device)
@@ -237,8 +240,10 @@ def _decode(call: _Call) -> Tensor:
         groups, kept = _padded_groups(call, plan, chosen)
     # Only the last group can be incomplete, and it comes last.
     tokens = groups.shape[1] * routing.group_size - -length % routing.group_size
-    if kept is None and call.index.tail is None and call.scoring.plain and not LEDGER.wants(call.layer):
-        out = call.kv.attend(groups, call.query.flatten(0, 1)[:, :, 0], tokens, call.scale)
+    pages = _native_pages(call)
+    if kept is None and pages is not None:
+        query = call.query.flatten(0, 1)[:, :, 0]
+        out = attend_pages(pages, groups, query, tokens, routing.group_size, call.scale)
         if out is not None:
             call.use.add_attended(call.kv.rows * tokens)
             return out
@@ -274,6 +279,31 @@ def _decode(call: _Call) -> Tensor:
         call.scaled[:, :, 0], key, value, real, token // tail.chunk_size, counted, tail
     )
     return out.to(call.query.dtype)
+
+
+def _native_pages(call: _Call) -> Tensor | None:
+    """Return the pages if the C++ kernels can attend to them: float32 on a CPU, nothing but a softmax."""
+    plain = call.index.tail is None and call.scoring.plain and not LEDGER.wants(call.layer)
+    return call.kv.host_pages if plain and call.query.dtype == torch.float32 else None
+
+
+def _step(call: _Call, plan: QueryPlan, known: int) -> Tensor | None:
+    """Route and attend in one call on a CPU; None where that is not possible."""
+    size, pages, summary = call.routing.group_size, _native_pages(call), call.index.groups
+    if pages is None or call.padding is not None or not isinstance(summary, LowBitSummary):
+        return None
+    if call.routing.uses_chunks(call.length) or known != plan.certain or not known or bool(plan.dense):
+        return None
+    span = Span(int(plan.sink_start), int(plan.sink_end), int(plan.window), int(plan.chosen), call.length)
+    vote = call.routing.vote
+    out = summary.step(pages, call.scaled, call.query.flatten(0, 1), span, vote, call.scale)
+    if out is None:
+        return None
+    groups = span.sink_end - span.sink_start + min(span.chosen, span.window - span.sink_end)
+    groups += -(-call.length // size) - span.window
+    _count_scored(call, known)
+    call.use.add_attended(call.kv.rows * (groups * size - -call.length % size))
+    return out
 
 
 # All layers of a model take the same step.
@@ -399,9 +429,7 @@ def _choose(call: _Call, plan: QueryPlan, scaled: Tensor, groups: int, score: Sc
         size = call.routing.group_size
         real = call.padding.rows(call.kv.rows)[:, : groups * size].unflatten(-1, (-1, size)).any(-1)
     chunks = call.index.chunks if call.routing.uses_chunks(call.length) else None
-    scored = call.kv.rows * scaled.shape[2] * groups * call.routing.group_size
-    call.use.scored += scored
-    call.use.summary_bytes += scored * call.index.bytes_per_token()
+    _count_scored(call, scaled.shape[2] * groups)
     return choose_groups(call.routing, plan, scaled, score, groups, chunks, real)
 
 
@@ -423,6 +451,12 @@ def _count_visible(call: _Call, plan: QueryPlan) -> int:
     visible = int(plan.visible.sum()) * (call.kv.rows // len(plan.visible))
     call.use.visible += visible
     return visible
+
+
+def _count_scored(call: _Call, groups: int) -> None:
+    scored = call.kv.rows * groups * call.routing.group_size
+    call.use.scored += scored
+    call.use.summary_bytes += scored * call.index.bytes_per_token()
 
 
 def _record(call: _Call, first: int, groups: Tensor) -> None:

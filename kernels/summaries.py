@@ -1,7 +1,6 @@
 """The interface of group summaries: what a query is scored against instead of the keys themselves."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,22 +11,11 @@ from hga_compile.configs.routing import Routing
 __all__ = ["Scorer", "Summary", "make_summary", "register_summary"]
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Scores queries against summaries."""
-
-    scores: Callable[[Tensor, int], Tensor]
-    """Maps queries ``[rows, heads, queries, dim]`` (float32, softmax scale applied) and a number of groups to
-    scores ``[rows, heads, queries, groups, members]`` of the first groups. A group's score is the log-sum-exp
-    over its members (its low-bit keys, or its one mean): an estimate of that of its keys, up to a constant
-    per query. The caller may overwrite the result."""
-    votes: Callable[[Tensor, int, str], Tensor | None] | None = None
-    """Maps the same of a single query, and `routing.vote`, to ``[rows, 1, groups]`` votes as
-    `route.merge_votes` makes them of the scores; None where there is no faster way."""
-
-    def __call__(self, query: Tensor, groups: int) -> Tensor:
-        """Return `scores`."""
-        return self.scores(query, groups)
+Scorer = Callable[[Tensor, int], Tensor]
+"""Maps queries ``[rows, heads, queries, dim]`` (float32, softmax scale applied) and a number of groups to
+scores ``[rows, heads, queries, groups, members]`` of the first groups. A group's score is the log-sum-exp
+over its members (its low-bit keys, or its one mean): an estimate of that of its keys, up to a constant per
+query. The caller may overwrite the result."""
 
 
 class Summary(Protocol):

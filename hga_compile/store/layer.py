@@ -1,7 +1,8 @@
 """The state of one layer of one cache: its pages and its index."""
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,15 @@ _F = TypeVar("_F", bound=Callable[..., object])
 
 def _lasting(method: _F) -> _F:
     """Run a method outside inference mode: outside of it, tensors made inside cannot be written to."""
-    return torch.inference_mode(False)(torch.no_grad()(method))
+    outside = torch.inference_mode(False)(torch.no_grad()(method))
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> object:
+        # Changing modes costs a decode step more than storing its rows.
+        as_is = not (torch.is_inference_mode_enabled() or torch.is_grad_enabled())
+        return (method if as_is else outside)(*args, **kwargs)
+
+    return cast(_F, run)
 
 
 class LayerStore:
@@ -270,8 +279,9 @@ class _Joined:
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         return self.pages.gather(groups, group_size)
 
-    def attend(self, groups: Tensor, query: Tensor, tokens: int, scale: float) -> Tensor | None:
-        return self.pages.attend(groups, query, tokens, scale)
+    @property
+    def host_pages(self) -> Tensor | None:
+        return self.pages.host_pages
 
     @property
     def row_bytes(self) -> int:

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hga_compile.kernels.native import attend_pages
-
 __all__ = ["Pages"]
 
 
@@ -91,23 +89,11 @@ class Pages:
         key = found[..., :split].reshape(self.rows, -1, self.dim)
         return key, found[..., split:].reshape(self.rows, -1, self.v_dim)
 
-    def attend(self, groups: Tensor, query: Tensor, tokens: int, scale: float) -> Tensor | None:
-        """Attend to ``[rows, n]`` groups where they lie; None unless all is float32 on the CPU.
-
-        Parameters
-        ----------
-        groups : Tensor
-            ``[rows, n]`` int64.
-        query : Tensor
-            ``[rows, heads, dim]``.
-        tokens : int
-            Tokens of these groups that exist.
-        scale : float
-            Softmax scale.
-        """
-        if query.dtype != torch.float32 or self.dtype != torch.float32 or self.compute.type != "cpu":
-            return None
-        return attend_pages(self.buffer, groups, query, tokens, self.group_size, scale)
+    @property
+    def host_pages(self) -> Tensor | None:
+        """The buffer, if kernels for the CPU can read it: float32, for a model that runs there."""
+        plain = self.dtype == torch.float32 and self.compute.type == "cpu"
+        return self.buffer if plain else None
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows` (int64 indices)."""
