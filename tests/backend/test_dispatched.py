@@ -1,11 +1,13 @@
 """Models that are not plain float32 modules: other dtypes, weights that live elsewhere, quantised weights."""
 
 import copy
+import json
 
 import accelerate
 import pytest
 import torch
 from families import FAMILIES, OPTIONS, build, converse
+from safetensors.torch import load_file, save_file
 from tiny_models import left_padded, tokens
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -193,6 +195,33 @@ def test_a_quantised_model_generates_the_same_tokens():
 def test_a_quantised_model_through_inductor_gives_the_same_logits():
     model = quantised("Int8WeightOnlyConfig")
     assert largest(compiled(model, inner="inductor"), model) < 1e-4
+    assert reasons() == {Reason.ROUTED}
+
+
+def to_float8(folder, block=32):
+    """Turn a saved model into a checkpoint with fine-grained float8 weights, as published ones are."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        blocks = tensors[name].unflatten(0, (-1, block)).unflatten(2, (-1, block))
+        scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[name], tensors[f"{name}_scale_inv"] = codes.flatten(2).flatten(0, 1), scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_float8_checkpoint_that_is_dequantised_as_it_is_loaded_gives_the_same_logits(tmp_path):
+    exact = build(FAMILIES["Llama"], hidden_size=64, intermediate_size=64)
+    exact.save_pretrained(tmp_path)
+    to_float8(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.float32
+    ).eval()
+    change = loaded.model.layers[0].mlp.up_proj.weight - exact.model.layers[0].mlp.up_proj.weight
+    assert 0 < change.abs().max() < 0.1
+    assert largest(compiled(loaded), loaded) < 1e-4
     assert reasons() == {Reason.ROUTED}
 
 
