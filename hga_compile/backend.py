@@ -14,6 +14,7 @@ from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.hooks import install_hooks
 from hga_compile.passes.decision import Decision, Reason
+from hga_compile.passes.flatten import flatten, inputs_of, leaves_of
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
 from hga_compile.reporting import note_graph
 from hga_compile.tracing import model_layers, traced_layer
@@ -78,7 +79,11 @@ def hga(
         return _inner(graph, example_inputs, profile, mode)
     note_graph(rewritten.decisions)
     _warn_static(rewritten.decisions)
-    return _inner(rewritten.graph, example_inputs, profile, mode)
+    leaves = leaves_of(inputs_of(graph))
+    if not any(path for _, path in leaves):
+        return _inner(rewritten.graph, example_inputs, profile, mode)
+    call = _inner(rewritten.graph, flatten(example_inputs, leaves), profile, mode)
+    return lambda *inputs: call(*flatten(inputs, leaves))
 
 
 def _finish(decisions: list[Decision], profile: Profile) -> None:
@@ -140,7 +145,8 @@ def _check_offload(profile: Profile) -> None:
 def _needs_grad(graph: GraphModule) -> bool:
     if not torch.is_grad_enabled():
         return False
-    values = (node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder")
+    inputs = inputs_of(graph)
+    values = (*inputs, *flatten(inputs, leaves_of(inputs)))
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 

@@ -149,7 +149,8 @@ def rewrite_graph(
     Returns
     -------
     Rewritten
-        The new graph, in pre-dispatch ATen, and what was decided about every site.
+        The new graph, in pre-dispatch ATen, and what was decided about every site. It takes the leaves of
+        the old one's inputs (see `flatten`), which are the same but for tensor subclasses.
 
     Raises
     ------

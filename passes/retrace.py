@@ -6,6 +6,10 @@ import torch
 from torch._guards import TracingContext
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hga_compile.passes.flatten import flatten, inputs_of, leaves_of, unflatten
 
 __all__ = ["RetraceError", "retrace"]
 
@@ -28,32 +32,42 @@ def retrace(graph: GraphModule) -> GraphModule:
     Returns
     -------
     GraphModule
-        With the same inputs and outputs.
+        With the same outputs, and for inputs the leaves of the graph's (see `flatten`): most often the same.
 
     Raises
     ------
     RetraceError
-        A graph with code that only exists while it is traced, such as the inside of a `vmap`.
+        A graph with code that only exists while it is traced, such as the inside of a `vmap`, or one that
+        returns wrapper subclasses.
     """
     context = TracingContext.try_get()
-    inputs: list[Any] = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+    inputs = inputs_of(graph)
+    leaves = leaves_of(inputs)
+    flat = flatten(inputs, leaves)
+
+    def run(*flat: Any) -> Any:
+        nested = unflatten(flat, inputs)
+        outputs = torch.fx.Interpreter(graph).run(*nested)
+        if any(is_traceable_wrapper_subclass(value) for value in pytree.tree_leaves(outputs)):
+            raise RetraceError("an output is a wrapper subclass")
+        # Only writes to the tensors themselves reach the caller's.
+        if any(now is not before for now, before in zip(flatten(nested, leaves), flat, strict=True)):
+            raise RetraceError("a tensor inside of a wrapper subclass is replaced")
+        return outputs
+
     examples = (node.meta.get("example_value") for node in graph.graph.nodes)
     fake = next(
-        (value.fake_mode for value in examples if isinstance(value, torch._subclasses.FakeTensor)), None
+        (value.fake_mode for value in (*flat, *examples) if isinstance(value, torch._subclasses.FakeTensor)),
+        None,
     )
     if fake is None or context is None:
-        return _sound(make_fx(torch.fx.Interpreter(graph).run, pre_dispatch=True)(*inputs))
+        return _sound(make_fx(run, pre_dispatch=True)(*flat))
     # Two fake modes in one trace are refused; Dynamo's own is the one that its values carry.
     previous, context.fake_mode = context.fake_mode, fake
     try:
         with fake, torch.fx.traceback.preserve_node_meta():
-            tracer = make_fx(
-                torch.fx.Interpreter(graph).run,
-                tracing_mode="real",
-                pre_dispatch=True,
-                _allow_non_fake_inputs=True,
-            )
-            return _sound(tracer(*inputs))
+            tracer = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+            return _sound(tracer(*flat))
     finally:
         context.fake_mode = previous
 
