@@ -1,5 +1,6 @@
 """Rewrite: put hga's ops in the place of the sites that were proven, on a copy of the graph."""
 
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.passes.decide import Plan
-from hga_compile.passes.forms import add_call
+from hga_compile.passes.forms import add_call, alike
 from hga_compile.passes.match import Site
 
 __all__ = ["rewrite"]
@@ -57,7 +58,7 @@ def rewrite(graph: GraphModule, plan: Plan, config: SiteConfig) -> None:
 
 
 def _as_before(graph: GraphModule, new: Node, old: Node, order: tuple[int, ...]) -> Node:
-    """Bring the result into order, shape and dtype of what it replaces."""
+    """Bring the result into order, shape, dtype and layout of what it replaces."""
     aten, wanted = torch.ops.aten, old.meta["val"]
     steps: list[tuple[Any, ...]] = []
     if order != (0, 1, 2, 3):
@@ -66,10 +67,32 @@ def _as_before(graph: GraphModule, new: Node, old: Node, order: tuple[int, ...])
         steps.append((aten.flatten.using_ints, 0, 1))
     if wanted.dtype != new.meta["val"].dtype:
         steps.append((aten.to.dtype, wanted.dtype))
+    layout = _layout(wanted)
+    if layout is not None and layout != tuple(range(wanted.dim())):
+        # What follows may be a view that this layout alone allows.
+        back = [layout.index(dim) for dim in range(wanted.dim())]
+        steps += [
+            (aten.permute.default, list(layout)),
+            (aten.contiguous.default,),
+            (aten.permute.default, back),
+        ]
     for target, *arguments in steps:
         new = add_call(graph.graph, target, new, *arguments)
         new.meta = dict(old.meta) | new.meta
     return new
+
+
+def _layout(value: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the order of dimensions in which a tensor lies in memory without gaps; None if there is none."""
+    for order in permutations(range(value.dim())):
+        stride, fits = 1, True
+        for dim in reversed(order):
+            size = value.shape[dim]
+            fits = fits and (alike([size], [1]) or alike([value.stride(dim)], [stride]))
+            stride = stride * size
+        if fits:
+            return order
+    return None
 
 
 def _table(graph: GraphModule, mask: Node) -> Node:

@@ -206,3 +206,14 @@ def test_the_shape_of_the_result_is_the_shape_of_the_attention():
     graph = result.graph
     (node,) = graph.graph.find_nodes(op="call_function", target=torch.ops.hga.attention.default)
     assert node.meta["val"].shape == (BATCH, HEADS, 6, 5) == out.shape
+
+
+def test_the_layout_of_the_result_is_that_of_the_attention():
+    def attend(q, k, v):
+        # A view that holds only because the result lies in memory as the query does.
+        return sdpa(q, k, v, is_causal=True).transpose(1, 2).view(BATCH, 6, -1)
+
+    q, k, v = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in rows(6, 6))
+    result, out = rewritten(attend, q, k, v)
+    assert result.decisions[0].reason is Reason.ROUTED
+    torch.testing.assert_close(out, attend(q, k, v))
