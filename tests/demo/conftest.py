@@ -12,11 +12,11 @@ CHAT = (
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random Llama with two layers whose tokens are bytes, and one pair of tildes."""
+    """Folder of a random Llama with two layers whose tokens are bytes, and two or four tildes."""
     folder = tmp_path_factory.mktemp("tiny-model")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: number for number, symbol in enumerate(["<s>", "</s>", *alphabet, "~~"])}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[("~", "~")]))
+    vocabulary = {symbol: number for number, symbol in enumerate(["<s>", "</s>", *alphabet, "~~", "~~~~"])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[("~", "~"), ("~~", "~~")]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
