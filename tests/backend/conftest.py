@@ -29,9 +29,17 @@ from hga_compile.kernels.states import STATES
 torch._dynamo.config.recompile_limit = 128
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Tests that forget what is compiled go last: the others share it."""
+    """Tests that forget what is compiled go last; those that share it run in one process (`--dist loadgroup`)."""
     items.sort(key=lambda item: "recompile" in getattr(item, "fixturenames", ()))
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        group = "pairs" if "pairs" in names else item.path.name if "results" in names else None
+        if "seen" in names:
+            group = item.callspec.params["seen"]
+        if group is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
