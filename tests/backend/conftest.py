@@ -31,7 +31,7 @@ torch._dynamo.config.recompile_limit = 128
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Tests that forget what is compiled go last; those that share it run in one process (`--dist loadgroup`)."""
+    """Tests that forget what is compiled go last; those that share it go into one process."""
     items.sort(key=lambda item: "recompile" in getattr(item, "fixturenames", ()))
     for item in items:
         names = getattr(item, "fixturenames", ())
