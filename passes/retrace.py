@@ -7,6 +7,8 @@ from torch._guards import TracingContext
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hga_compile.passes.vmaps import without_vmap
+
 __all__ = ["RetraceError", "retrace"]
 
 
@@ -33,7 +35,7 @@ def retrace(graph: GraphModule) -> GraphModule:
     Raises
     ------
     RetraceError
-        A graph with code that only exists while it is traced, such as the inside of a `vmap`.
+        A graph with code that only exists while it is traced, such as the inside of another transform.
     """
     context = TracingContext.try_get()
     inputs: list[Any] = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -47,15 +49,19 @@ def retrace(graph: GraphModule) -> GraphModule:
     previous, context.fake_mode = context.fake_mode, fake
     try:
         with fake, torch.fx.traceback.preserve_node_meta():
-            tracer = make_fx(
-                torch.fx.Interpreter(graph).run,
-                tracing_mode="real",
-                pre_dispatch=True,
-                _allow_non_fake_inputs=True,
-            )
-            return _sound(tracer(*inputs))
+            return _traced(without_vmap(graph, _traced), inputs, pre_dispatch=True)
     finally:
         context.fake_mode = previous
+
+
+def _traced(graph: GraphModule, inputs: list[Any], pre_dispatch: bool = False) -> GraphModule:
+    tracer = make_fx(
+        torch.fx.Interpreter(graph).run,
+        tracing_mode="real",
+        pre_dispatch=pre_dispatch,
+        _allow_non_fake_inputs=True,
+    )
+    return _sound(tracer(*inputs))
 
 
 def _sound(graph: GraphModule) -> GraphModule:
