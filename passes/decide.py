@@ -8,7 +8,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hga_compile.configs.routing import Routing
 from hga_compile.passes.decision import Decision, Reason
-from hga_compile.passes.mask_proof import prove_mask
+from hga_compile.passes.index_algebra import lookups
+from hga_compile.passes.mask_proof import MaskProof, prove_mask
 from hga_compile.passes.mask_values import MaskValues
 from hga_compile.passes.match import Site
 
@@ -81,16 +82,19 @@ def decide(site: Site, layer: int, layers: int, routing: Routing, values: MaskVa
         if not _covers(mask, site):
             return Plan(site, verdict(Reason.UNPROVEN_MASK, f"a mask of {list(mask.shape)} is broadcast"))
         proof = prove_mask(site.mask, values)
-        if proof.proven and proof.causal:
+        form = _dense_form(proof)
+        if proof.proven and proof.causal and form is None:
             padding, window = proof.padding, proof.window
             detail = "causal" + (f" with padding from {padding.name}" if padding is not None else "")
         elif proof.proven and not proof.causal and not one_query:
-            return Plan(site, verdict(Reason.NOT_CAUSAL, "a mask of padding only"))
-        elif one_query and _slides(site):
-            return Plan(site, verdict(Reason.UNPROVEN_MASK, "a sliding window from outside"))
-        elif one_query and _one_row(mask):
+            return Plan(site, verdict(Reason.NOT_CAUSAL, "a mask that hides no later key"))
+        elif one_query and _one_row(mask) and not _slides(site):
             # Whatever made it, the mask of a single query is a table of the keys that it may see.
             single, detail = site.mask, "the mask of one query"
+        elif form is not None:
+            return Plan(site, verdict(*form))
+        elif one_query and _slides(site):
+            return Plan(site, verdict(Reason.UNPROVEN_MASK, "a sliding window from outside"))
         else:
             return Plan(site, verdict(Reason.UNPROVEN_MASK, proof.unknown or "not causal"))
     if window is not None:
@@ -119,6 +123,20 @@ def _check_shape(site: Site) -> str | None:
         return "K and V are broadcast over the batch"
     if site.scale is None:
         return "a scale that is not constant"
+    return None
+
+
+def _dense_form(proof: MaskProof) -> tuple[Reason, str] | None:
+    """Return why a mask that was proven to be of a causal form stays dense; None if it need not."""
+    if proof.ahead:
+        tables = {lookup.source for option in proof.ahead for lookup in lookups(option)}
+        names = sorted(table.name for table in tables if table is not proof.padding)
+        return Reason.PREFIX_LM, f"keys picked by {', '.join(names)}" if names else "the first keys"
+    if proof.documents is not None and proof.causal:
+        return Reason.PACKED, f"documents in {proof.documents.name}"
+    if proof.chunk is not None and proof.causal:
+        size, start = proof.chunk
+        return Reason.CHUNKED, f"chunks of {size}" + (f" from {start.name}" if start is not None else "")
     return None
 
 

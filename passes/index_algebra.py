@@ -1,10 +1,12 @@
 """Values that mask proofs reason about: what a tensor holds at each index, as a formula of the index.
 
-A tensor of positions is affine in its indices (``arange(n)[:, None] + 5`` holds ``i + 5``); a bool tensor is
-a conjunction of inequalities between such formulas and of look-ups in a tensor that came from outside.
+A tensor of positions is affine in its indices (``arange(n)[:, None] + 5`` holds ``i + 5``), with look-ups in
+tensors that came from outside added to it or not, and divided or not; a bool tensor is a conjunction of
+comparisons of such formulas, of look-ups, and of alternatives.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,23 @@ import torch
 from sympy import Expr
 from torch.fx import Node
 
-__all__ = ["Affine", "AtMost", "Fact", "Lookup", "Truth", "Value", "expression", "is_zero"]
+__all__ = [
+    "Affine",
+    "AtMost",
+    "Either",
+    "Fact",
+    "Lookup",
+    "Number",
+    "Quotient",
+    "Same",
+    "Sum",
+    "Truth",
+    "Value",
+    "Zero",
+    "expression",
+    "is_zero",
+    "lookups",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,11 @@ class Affine:
     def rank(self) -> int:
         """Number of dimensions."""
         return len(self.coefficients)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all entries are equal."""
+        return all(c == 0 for c in self.coefficients)
 
     def plus(self, other: "Affine", sign: int = 1) -> "Affine":
         """Add or subtract another tensor, broadcast."""
@@ -56,6 +79,14 @@ class Affine:
             total = total.plus(index.times(coefficient))
         return total
 
+    def mapped(self, change: "Change") -> "Affine":
+        """Apply an index change."""
+        return change(self)
+
+
+Change = Callable[[Affine], Affine]
+"""Rewrites a formula of some indices as one of others."""
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -64,43 +95,169 @@ class Lookup:
     source: Node
     indices: tuple[Affine, ...]
 
-    def widened(self, rank: int) -> "Lookup":
-        """Prepend dimensions, as broadcasting does."""
-        return Lookup(self.source, tuple(index.widened(rank) for index in self.indices))
+    def mapped(self, change: Change) -> "Lookup":
+        """Apply an index change."""
+        return Lookup(self.source, tuple(change(index) for index in self.indices))
+
+
+@dataclass(frozen=True)
+class Sum:
+    """An integer tensor that holds a formula of the index plus multiples of look-ups."""
+
+    affine: Affine
+    lookups: frozenset[tuple[Lookup, Expr]] = frozenset()
+    """Every look-up once, with its factor."""
+
+    @staticmethod
+    def of(value: "Affine | Lookup | Sum", rank: int) -> "Sum":
+        """Return a number of `rank` dimensions as a sum."""
+        if isinstance(value, Lookup):
+            zero = Affine((sympy.Integer(0),) * rank, sympy.Integer(0))
+            return Sum(zero, frozenset([(value, sympy.Integer(1))]))
+        return value if isinstance(value, Sum) else Sum(value)
+
+    def plus(self, other: "Sum", sign: int = 1) -> "Sum":
+        """Add or subtract another tensor, broadcast."""
+        rank = max(self.affine.rank, other.affine.rank)
+        left, right = (part.mapped(lambda a: a.widened(rank)) for part in (self, other))
+        return Sum(
+            left.affine.plus(right.affine, sign), _collected([*left.lookups, *right.times(sign).lookups])
+        )
+
+    def times(self, factor: Expr) -> "Sum":
+        """Multiply by an integer that does not depend on the index."""
+        return Sum(self.affine.times(factor), _collected((part, c * factor) for part, c in self.lookups))
+
+    def mapped(self, change: Change) -> "Sum":
+        """Apply an index change."""
+        return Sum(change(self.affine), _collected((part.mapped(change), c) for part, c in self.lookups))
+
+    def simplest(self) -> "Affine | Lookup | Sum":
+        """Return the formula, or the look-up, if it is nothing else."""
+        if not self.lookups:
+            return self.affine
+        (first, factor), *more = self.lookups
+        alone = not more and factor == 1 and self.affine.is_constant and self.affine.constant == 0
+        return first if alone else self
+
+
+def _collected(terms: Iterable[tuple[Lookup, Expr]]) -> frozenset[tuple[Lookup, Expr]]:
+    factors: defaultdict[Lookup, Expr] = defaultdict(lambda: sympy.Integer(0))
+    for lookup, factor in terms:
+        factors[lookup] = sympy.expand(factors[lookup] + factor)
+    return frozenset((lookup, factor) for lookup, factor in factors.items() if factor != 0)
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """An integer tensor that holds a sum divided by a positive integer, rounded down."""
+
+    numerator: Sum
+    divisor: int
+
+    def mapped(self, change: Change) -> "Quotient":
+        """Apply an index change."""
+        return Quotient(self.numerator.mapped(change), self.divisor)
 
 
 @dataclass(frozen=True)
 class AtMost:
-    """The fact that a formula is at most 0."""
+    """The fact that a sum is at most 0."""
 
-    formula: Affine
+    formula: Sum
 
-    def widened(self, rank: int) -> "AtMost":
-        """Prepend dimensions, as broadcasting does."""
-        return AtMost(self.formula.widened(rank))
+    def mapped(self, change: Change) -> "AtMost":
+        """Apply an index change."""
+        return AtMost(self.formula.mapped(change))
 
 
-Fact = AtMost | Lookup
+@dataclass(frozen=True)
+class Zero:
+    """The fact that a sum is 0."""
+
+    formula: Sum
+
+    def mapped(self, change: Change) -> "Zero":
+        """Apply an index change."""
+        return Zero(self.formula.mapped(change))
+
+
+@dataclass(frozen=True)
+class Same:
+    """The fact that two quotients are equal."""
+
+    sides: frozenset[Quotient]
+
+    def mapped(self, change: Change) -> "Same":
+        """Apply an index change."""
+        return Same(frozenset(side.mapped(change) for side in self.sides))
+
+
+@dataclass(frozen=True)
+class Either:
+    """The fact that at least one of some conjunctions holds; without any it is False everywhere."""
+
+    options: frozenset["Truth"]
+
+    def mapped(self, change: Change) -> "Either":
+        """Apply an index change."""
+        return Either(frozenset(option.mapped(change) for option in self.options))
+
+
+Fact = AtMost | Zero | Same | Lookup | Either
 
 
 @dataclass(frozen=True)
 class Truth:
     """A bool tensor that is True where all facts hold; without facts it is True everywhere."""
 
-    facts: frozenset[Fact]
-    rank: int
+    facts: frozenset[Fact] = frozenset()
 
     def both(self, other: "Truth") -> "Truth":
-        """Return the conjunction, broadcast."""
-        rank = max(self.rank, other.rank)
-        return Truth(self.widened(rank).facts | other.widened(rank).facts, rank)
+        """Return the conjunction of two tensors of equal rank."""
+        return Truth(self.facts | other.facts)
 
-    def widened(self, rank: int) -> "Truth":
-        """Prepend dimensions, as broadcasting does."""
-        return Truth(frozenset(fact.widened(rank) for fact in self.facts), rank)
+    def either(self, other: "Truth") -> "Truth":
+        """Return the disjunction of two tensors of equal rank."""
+        options = self.options | other.options
+        if Truth() in options:
+            return Truth()
+        (only,) = options if len(options) == 1 else (None,)
+        return only or Truth(frozenset([Either(options)]))
+
+    @property
+    def options(self) -> frozenset["Truth"]:
+        """The conjunctions of which one must hold; the tensor itself if it is one."""
+        (only,) = self.facts if len(self.facts) == 1 else (None,)
+        return only.options if isinstance(only, Either) else frozenset([self])
+
+    def mapped(self, change: Change) -> "Truth":
+        """Apply an index change."""
+        return Truth(frozenset(fact.mapped(change) for fact in self.facts))
 
 
-Value = Affine | Lookup | Truth
+Number = Affine | Lookup | Sum | Quotient
+Value = Number | Truth
+
+
+def lookups(value: Value | Fact) -> set[Lookup]:
+    """Return the look-ups that a number, a fact or a bool tensor depends on."""
+    if isinstance(value, Lookup):
+        return {value}
+    if isinstance(value, Sum):
+        return {lookup for lookup, _ in value.lookups}
+    parts: Iterable[Value | Fact] = ()
+    if isinstance(value, (AtMost, Zero)):
+        parts = [value.formula]
+    elif isinstance(value, Quotient):
+        parts = [value.numerator]
+    elif isinstance(value, Same):
+        parts = value.sides
+    elif isinstance(value, Either):
+        parts = value.options
+    elif isinstance(value, Truth):
+        parts = value.facts
+    return set().union(*map(lookups, parts))
 
 
 def expression(value: Any) -> Expr | None:

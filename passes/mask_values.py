@@ -8,7 +8,21 @@ import torch
 from torch.fx import Graph, Node
 
 from hga_compile.passes.aliasing import changed_in_place
-from hga_compile.passes.index_algebra import Affine, AtMost, Lookup, Truth, Value, expression
+from hga_compile.passes.index_algebra import (
+    Affine,
+    AtMost,
+    Either,
+    Lookup,
+    Number,
+    Quotient,
+    Same,
+    Sum,
+    Truth,
+    Value,
+    Zero,
+    expression,
+    lookups,
+)
 
 __all__ = ["MaskValues", "NotUnderstood"]
 
@@ -20,6 +34,7 @@ class NotUnderstood(Exception):
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
 _Rule = Callable[["MaskValues", Node], Value]
 _RULES: dict[str, _Rule] = {}
+_FALSE = Truth(frozenset([Either(frozenset())]))
 
 
 def _rule(*names: str) -> Callable[[_Rule], _Rule]:
@@ -74,16 +89,15 @@ class MaskValues:
             if len(shape) != 2 or node.meta["val"].dtype not in _SOURCE_TYPES:
                 raise
             found = _table(node)
-        if isinstance(found, Affine) and node.meta["val"].dtype not in _EXACT_TYPES:
+        exact = _EXACT_TYPES if isinstance(found, Affine) else (torch.int64,)
+        if isinstance(found, (Affine, Sum, Quotient)) and node.meta["val"].dtype not in exact:
             raise NotUnderstood(f"positions as {node.meta['val'].dtype}, which may wrap")
         # The index of a dimension of size 1 is 0: stated, since broadcasting repeats it for other indices.
         single = [isinstance(size, int) and size == 1 for size in shape]
-        return _remap(
-            found,
+        return found.mapped(
             lambda a: Affine(
                 tuple(_ZERO if one else c for one, c in zip(single, a.coefficients, strict=True)), a.constant
-            ),
-            len(shape),
+            )
         )
 
     def _work_out(self, node: Node) -> Value:
@@ -106,18 +120,37 @@ class MaskValues:
             raise NotUnderstood(f"{what} of {value}, which is no position")
         return found
 
-    def truth(self, value: Any) -> Truth:
-        """Return an operand as a bool tensor."""
+    def number(self, value: Any, rank: int) -> Number:
+        """Return an operand of an op whose result has `rank` dimensions as a number."""
+        formula = expression(value)
+        found = Affine((), formula) if formula is not None else self.of(value)
+        narrow = formula is None and value.meta["val"].dtype not in _EXACT_TYPES
+        if isinstance(found, Truth) or narrow:
+            raise NotUnderstood(f"{value}, which is no exact number")
+        return found.mapped(lambda a: a.widened(rank))
+
+    def sum(self, value: Any, rank: int) -> Sum:
+        """Return an operand likewise as a formula with look-ups."""
+        found = self.number(value, rank)
+        if isinstance(found, Quotient):
+            raise NotUnderstood(f"{value}, which was divided")
+        return Sum.of(found, rank)
+
+    def truth(self, value: Any, rank: int | None = None) -> Truth:
+        """Return an operand as a bool tensor, broadcast to `rank` dimensions."""
         found = self.of(value)
         if isinstance(found, Lookup):
-            return Truth(frozenset([found]), found.indices[0].rank if found.indices else 0)
-        if isinstance(found, Truth):
-            return found
-        raise NotUnderstood(f"{value}, which is no truth value")
+            found = Truth(frozenset([found]))
+        elif isinstance(found, Affine) and found.is_constant and found.constant == 0:
+            found = _FALSE
+        if not isinstance(found, Truth):
+            raise NotUnderstood(f"{value}, which is no truth value")
+        return found if rank is None else found.mapped(lambda a: a.widened(rank))
 
 
 _SOURCE_TYPES = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8)
-# Positions fit into these; of bool tensors only those that are False everywhere are numbers here.
+# Positions fit into these, and comparing keeps their values; of bool tensors only those that are False
+# everywhere are formulas here.
 _EXACT_TYPES = (torch.bool, torch.int64, torch.int32)
 
 
@@ -130,6 +163,17 @@ def _axis(rank: int, dim: int) -> Affine:
     return Affine(tuple(_ONE if place == dim else _ZERO for place in range(rank)), _ZERO)
 
 
+def _refuse_table(node: Node, *operands: Number) -> None:
+    """Refuse to work out a comparison of two dimensions that is better taken for a table of its own.
+
+    Of tables ``[batch, tokens]`` it makes another one; of two places in one ``[tokens]`` it makes a mask.
+    """
+    found = set().union(*map(lookups, operands))
+    mask = len(found) == 2 and all(len(lookup.indices) == 1 for lookup in found)
+    if len(_shape(node)) == 2 and found and not mask:
+        raise NotUnderstood(f"{node.target} of a table")
+
+
 def _shape(node: Node) -> Sequence[Any]:
     value = node.meta["val"]
     return tuple(value.shape)
@@ -140,21 +184,6 @@ def _number(value: Any, what: str) -> Any:
     if formula is None:
         raise NotUnderstood(f"{what} {value}")
     return formula
-
-
-def _remap(value: Value, change: Callable[[Affine], Affine], rank: int) -> Value:
-    """Apply an index change to every formula inside a value."""
-    if isinstance(value, Affine):
-        return change(value)
-    if isinstance(value, Lookup):
-        return Lookup(value.source, tuple(change(index) for index in value.indices))
-    facts = frozenset(
-        AtMost(change(fact.formula))
-        if isinstance(fact, AtMost)
-        else Lookup(fact.source, tuple(change(index) for index in fact.indices))
-        for fact in value.facts
-    )
-    return Truth(facts, rank)
 
 
 @_rule("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
@@ -172,9 +201,9 @@ def _arange(values: MaskValues, node: Node) -> Value:
 def _add(values: MaskValues, node: Node) -> Value:
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         raise NotUnderstood("add with alpha")
-    sign = -1 if "sub" in str(node.target) else 1
-    left, right = (values.integers(arg, "sum") for arg in node.args[:2])
-    return left.plus(right, sign)
+    sign, rank = -1 if "sub" in str(node.target) else 1, len(_shape(node))
+    left, right = (values.sum(arg, rank) for arg in node.args[:2])
+    return left.plus(right, sign).simplest()
 
 
 @_rule("aten.mul.Tensor", "aten.mul.Scalar")
@@ -191,10 +220,8 @@ def _mul(values: MaskValues, node: Node) -> Value:
 def _unsqueeze(values: MaskValues, node: Node) -> Value:
     rank = len(_shape(node))
     dim = int(node.args[1]) % rank  # type: ignore[arg-type]
-    return _remap(
-        values.of(node.args[0]),
-        lambda a: Affine((*a.coefficients[:dim], _ZERO, *a.coefficients[dim:]), a.constant),
-        rank,
+    return values.of(node.args[0]).mapped(
+        lambda a: Affine((*a.coefficients[:dim], _ZERO, *a.coefficients[dim:]), a.constant)
     )
 
 
@@ -211,13 +238,11 @@ def _drop(values: MaskValues, node: Node) -> Value:
             raise NotUnderstood("select from the end")
     elif shape[dim] != 1:
         return values.of(source)
-    return _remap(
-        values.of(source),
+    return values.of(source).mapped(
         lambda a: Affine(
             (*a.coefficients[:dim], *a.coefficients[dim + 1 :]),
             sympy.expand(a.constant + a.coefficients[dim] * index),
-        ),
-        len(shape) - 1,
+        )
     )
 
 
@@ -234,7 +259,7 @@ def _expand(values: MaskValues, node: Node) -> Value:
         )
         return Affine(tuple(kept), formula.constant).widened(rank)
 
-    return _remap(values.of(source), change, rank)
+    return values.of(source).mapped(change)
 
 
 @_rule("aten.view.default", "aten.reshape.default")
@@ -253,7 +278,7 @@ def _view(values: MaskValues, node: Node) -> Value:
             coefficients[new] = formula.coefficients[old]
         return Affine(tuple(coefficients), formula.constant)
 
-    return _remap(values.of(source), change, len(after))
+    return values.of(source).mapped(change)
 
 
 @_rule("aten.slice.Tensor")
@@ -271,10 +296,8 @@ def _slice(values: MaskValues, node: Node) -> Value:
     begin = _ZERO if start is None else _number(start, "slice")
     if begin.is_negative is not False:
         raise NotUnderstood("slice from the end")
-    return _remap(
-        values.of(source),
-        lambda a: Affine(a.coefficients, sympy.expand(a.constant + a.coefficients[dim] * begin)),
-        rank,
+    return values.of(source).mapped(
+        lambda a: Affine(a.coefficients, sympy.expand(a.constant + a.coefficients[dim] * begin))
     )
 
 
@@ -301,55 +324,100 @@ def _same(values: MaskValues, node: Node) -> Value:
     if after is before or before is torch.bool:
         return values.of(source)
     found = values.of(source)
-    if after is torch.bool and isinstance(found, Affine):
+    if after is torch.bool and isinstance(found, (Affine, Sum, Quotient)):
         raise NotUnderstood("positions as truth values")
-    # Narrowing an integer table could wrap; as a truth value it is looked up itself.
-    if isinstance(found, Lookup) and after is not torch.bool and after is not torch.int64:
+    if isinstance(found, Lookup) and after is torch.bool:
+        return Truth(frozenset([found]))  # as a number it is another table: 2 became 1
+    # Narrowing an integer table could wrap.
+    if isinstance(found, Lookup) and after is not torch.int64:
         return _table(node)
     return found
 
 
-@_rule("aten.new_ones.default", "aten.ones.default", "aten.ones_like.default", "aten.full.default")
-def _constant(values: MaskValues, node: Node) -> Value:
-    rank, dtype = len(_shape(node)), node.meta["val"].dtype
-    fill = node.args[1] if str(node.target) == "aten.full.default" else 1
-    if dtype is torch.bool and fill in (True, 1):
-        return Truth(frozenset(), rank)
-    if dtype in _SOURCE_TYPES and dtype is not torch.bool:
-        return Affine((_ZERO,) * rank, _number(fill, "fill"))
-    raise NotUnderstood(f"{node.target} of {dtype} with {fill!r}")
-
-
 @_rule(
-    *(f"aten.{name}.{kind}" for name in ("le", "lt", "ge", "gt", "eq", "ne") for kind in ("Tensor", "Scalar"))
+    "aten.full.default",
+    *(f"aten.{name}.default" for kind in ("ones", "zeros") for name in (f"new_{kind}", kind, f"{kind}_like")),
 )
+def _constant(values: MaskValues, node: Node) -> Value:
+    name, dtype = str(node.target), node.meta["val"].dtype
+    fill = node.args[1] if name == "aten.full.default" else int("ones" in name)
+    if dtype is torch.bool and fill in (True, 1):
+        return Truth()
+    # False is the number 0.
+    formula = _ZERO if fill in (False, 0) else expression(fill)
+    if formula is None or dtype not in _SOURCE_TYPES or (dtype is torch.bool and formula != 0):
+        raise NotUnderstood(f"{node.target} of {dtype} with {fill!r}")
+    return Affine((_ZERO,) * len(_shape(node)), formula)
+
+
+@_rule(*(f"aten.{name}.{kind}" for name in ("le", "lt", "ge", "gt") for kind in ("Tensor", "Scalar")))
 def _compare(values: MaskValues, node: Node) -> Value:
-    name = str(node.target).split(".")[1]
-    left, right = (values.integers(arg, "comparison") for arg in node.args[:2])
+    name, rank = str(node.target).split(".")[1], len(_shape(node))
+    left, right = (values.sum(arg, rank) for arg in node.args[:2])
     if name in ("ge", "gt"):
         left, right, name = right, left, {"ge": "le", "gt": "lt"}[name]
     difference = left.plus(right, -1)
-    constant = all(c == 0 for c in difference.coefficients) and difference.constant.is_number
-    if name in ("eq", "ne"):
-        if not constant:
-            raise NotUnderstood(f"{name} of positions")
-        # False is the number 0, which a cumulative sum adds up; True is no fact at all.
-        if (difference.constant == 0) == (name == "eq"):
-            return Truth(frozenset(), difference.rank)
-        return Affine((_ZERO,) * difference.rank, _ZERO)
     if name == "lt":
-        difference = difference.plus(Affine((), _ONE))
-    if constant and difference.constant <= 0:
-        return Truth(frozenset(), difference.rank)
-    return Truth(frozenset([AtMost(difference)]), difference.rank)
+        difference = difference.plus(Sum(Affine((), _ONE)))
+    _refuse_table(node, left, right)
+    constant = _constant_of(difference)
+    if constant is not None and constant <= 0:
+        return Truth()
+    return Truth(frozenset([AtMost(difference)]))
+
+
+@_rule(*(f"aten.{name}.{kind}" for name in ("eq", "ne") for kind in ("Tensor", "Scalar")))
+def _equal(values: MaskValues, node: Node) -> Value:
+    rank, wanted = len(_shape(node)), "eq" in str(node.target)
+    left, right = (values.number(arg, rank) for arg in node.args[:2])
+    _refuse_table(node, left, right)
+    if isinstance(left, Quotient) and isinstance(right, Quotient) and wanted:
+        return Truth() if left == right else Truth(frozenset([Same(frozenset([left, right]))]))
+    difference = values.sum(node.args[0], rank).plus(values.sum(node.args[1], rank), -1)
+    constant = _constant_of(difference)
+    if constant is not None:
+        # False is the number 0, which a cumulative sum adds up; True is no fact at all.
+        return Truth() if (constant == 0) == wanted else Affine((_ZERO,) * rank, _ZERO)
+    if not wanted:
+        raise NotUnderstood(f"{node.target} of positions")
+    return Truth(frozenset([Zero(difference)]))
+
+
+def _constant_of(formula: Sum) -> Any:
+    """Return the number that all entries are equal to, or None."""
+    known = not formula.lookups and formula.affine.is_constant and formula.affine.constant.is_number
+    return formula.affine.constant if known else None
+
+
+@_rule(
+    "aten.floor_divide.default", "aten.floor_divide.Scalar", "aten.div.Tensor_mode", "aten.div.Scalar_mode"
+)
+def _divide(values: MaskValues, node: Node) -> Value:
+    divisor = node.args[1]
+    floors = "floor_divide" in str(node.target) or node.kwargs.get("rounding_mode") == "floor"
+    if not floors or not isinstance(divisor, int) or divisor < 1:
+        raise NotUnderstood(f"{node.target} of another form")
+    return Quotient(values.sum(node.args[0], len(_shape(node))), divisor)
 
 
 @_rule("aten.__and__.Tensor", "aten.bitwise_and.Tensor", "aten.logical_and.default")
 def _and(values: MaskValues, node: Node) -> Value:
+    left, right = _truths(values, node)
+    return left.both(right)
+
+
+@_rule("aten.__or__.Tensor", "aten.bitwise_or.Tensor", "aten.logical_or.default")
+def _or(values: MaskValues, node: Node) -> Value:
+    left, right = _truths(values, node)
+    return left.either(right)
+
+
+def _truths(values: MaskValues, node: Node) -> tuple[Truth, Truth]:
     # On integers `&` works bit by bit: 1 & 2 is 0 although both are true.
     if "logical" not in str(node.target) and node.meta["val"].dtype is not torch.bool:
         raise NotUnderstood(f"{node.target} of integers")
-    return values.truth(node.args[0]).both(values.truth(node.args[1]))
+    rank = len(_shape(node))
+    return values.truth(node.args[0], rank), values.truth(node.args[1], rank)
 
 
 @_rule("aten.logical_not.default", "aten.bitwise_not.default")
@@ -361,8 +429,7 @@ def _not(values: MaskValues, node: Node) -> Value:
     if not isinstance(fact, AtMost):
         raise NotUnderstood("the opposite of more than one inequality")
     # Not f <= 0 is f >= 1, which is 1 - f <= 0.
-    formula = fact.formula.times(-_ONE).plus(Affine((), _ONE))
-    return Truth(frozenset([AtMost(formula)]), formula.rank)
+    return Truth(frozenset([AtMost(fact.formula.times(-_ONE).plus(Sum(Affine((), _ONE))))]))
 
 
 @_rule("aten.diff.default")
@@ -417,15 +484,4 @@ def _index(values: MaskValues, node: Node) -> Value:
         # A negative index would count from the end.
         if not all(part.is_nonnegative for part in (*place.coefficients, place.constant)):
             raise NotUnderstood("index that may be negative")
-    found = values.of(source)
-    if isinstance(found, Affine):
-        return found.at(places).widened(rank)
-    if isinstance(found, Lookup):
-        return Lookup(found.source, tuple(inner.at(places).widened(rank) for inner in found.indices))
-    facts = frozenset(
-        AtMost(fact.formula.at(places).widened(rank))
-        if isinstance(fact, AtMost)
-        else Lookup(fact.source, tuple(inner.at(places).widened(rank) for inner in fact.indices))
-        for fact in found.facts
-    )
-    return Truth(facts, rank)
+    return values.of(source).mapped(lambda a: a.at(places).widened(rank))

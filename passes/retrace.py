@@ -1,5 +1,6 @@
 """Normalise: bring a Dynamo graph to ATen ops before any of them is decomposed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hga_compile.passes.flatten import flatten, inputs_of, leaves_of, unflatten
+from hga_compile.passes.flatten import Leaf, flatten, inputs_of, leaves_of, unflatten
+from hga_compile.passes.vmaps import without_vmap
 
 __all__ = ["RetraceError", "retrace"]
 
@@ -37,13 +39,33 @@ def retrace(graph: GraphModule) -> GraphModule:
     Raises
     ------
     RetraceError
-        A graph with code that only exists while it is traced, such as the inside of a `vmap`, or one that
-        returns wrapper subclasses.
+        A graph with code that only exists while it is traced, such as the inside of a transform other than
+        `vmap`, or one that returns wrapper subclasses.
     """
     context = TracingContext.try_get()
     inputs = inputs_of(graph)
     leaves = leaves_of(inputs)
     flat = flatten(inputs, leaves)
+
+    examples = (node.meta.get("example_value") for node in graph.graph.nodes)
+    fake = next(
+        (value.fake_mode for value in (*flat, *examples) if isinstance(value, torch._subclasses.FakeTensor)),
+        None,
+    )
+    if fake is None or context is None:
+        return _sound(make_fx(_unwrapped(graph, inputs, leaves), pre_dispatch=True)(*flat))
+    # Two fake modes in one trace are refused; Dynamo's own is the one that its values carry.
+    previous, context.fake_mode = context.fake_mode, fake
+    try:
+        with fake, torch.fx.traceback.preserve_node_meta():
+            plain = without_vmap(graph, lambda part, given: _traced(torch.fx.Interpreter(part).run, given))
+            return _traced(_unwrapped(plain, inputs, leaves), flat, pre_dispatch=True)
+    finally:
+        context.fake_mode = previous
+
+
+def _unwrapped(graph: GraphModule, inputs: list[Any], leaves: tuple[Leaf, ...]) -> Callable[..., Any]:
+    """Return a function of the leaves of a graph's inputs that runs the graph."""
 
     def run(*flat: Any) -> Any:
         nested = unflatten(flat, inputs)
@@ -55,21 +77,12 @@ def retrace(graph: GraphModule) -> GraphModule:
             raise RetraceError("a tensor inside of a wrapper subclass is replaced")
         return outputs
 
-    examples = (node.meta.get("example_value") for node in graph.graph.nodes)
-    fake = next(
-        (value.fake_mode for value in (*flat, *examples) if isinstance(value, torch._subclasses.FakeTensor)),
-        None,
-    )
-    if fake is None or context is None:
-        return _sound(make_fx(run, pre_dispatch=True)(*flat))
-    # Two fake modes in one trace are refused; Dynamo's own is the one that its values carry.
-    previous, context.fake_mode = context.fake_mode, fake
-    try:
-        with fake, torch.fx.traceback.preserve_node_meta():
-            tracer = make_fx(run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
-            return _sound(tracer(*flat))
-    finally:
-        context.fake_mode = previous
+    return run
+
+
+def _traced(function: Callable[..., Any], inputs: list[Any], pre_dispatch: bool = False) -> GraphModule:
+    tracer = make_fx(function, tracing_mode="real", pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)
+    return _sound(tracer(*inputs))
 
 
 def _sound(graph: GraphModule) -> GraphModule:

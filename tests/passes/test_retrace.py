@@ -46,26 +46,55 @@ def test_dynamic_sizes_stay_dynamic():
     assert any(isinstance(shape[0], torch.SymInt) for shape in sizes)
 
 
-def test_code_inside_a_vmap_is_refused_rather_than_broken():
-    """Masks of user-given functions: the traced graph would hold tensors of the vmap, and fail when it runs."""
-    q, k, v = rows(6)
+def masked_by(allowed):
+    """Attention under a mask that a function of one row and one column makes."""
 
     def attend(q, k, v):
-        def allowed(row, column):
-            return (column <= row) & torch.ones((), dtype=torch.bool, device=row.device)
-
-        mask = torch.vmap(torch.vmap(allowed, (None, 0)), (0, None))(torch.arange(6), torch.arange(6))
+        places = torch.arange(q.shape[2])
+        mask = torch.vmap(torch.vmap(allowed, (None, 0)), (0, None))(places, places)
         return sdpa(q, k, v, mask[None, None])
+
+    return attend
+
+
+def test_code_inside_a_vmap_is_traced_as_the_batched_ops():
+    q, k, v = rows(6)
+
+    def allowed(row, column):
+        return (column <= row) & torch.ones((), dtype=torch.bool, device=row.device)
+
+    new, out = dynamo_run(masked_by(allowed), q, k, v, use=retrace)
+    assert counted(new, "aten.scaled_dot_product_attention") == counted(new, "aten.le") == 1
+    assert "vmap" not in str(new.graph) and "batch_dim" not in str(new.graph)
+    torch.testing.assert_close(out, sdpa(q, k, v, is_causal=True))
+
+
+def test_two_vmaps_of_dynamic_sizes_are_traced():
+    q, k, v = rows(6)
+    for part in (q, k, v):
+        torch._dynamo.mark_dynamic(part, 2)
+
+    def attend(q, k, v):
+        first = masked_by(lambda row, column: column <= row)(q, k, v)
+        return masked_by(lambda row, column: (column <= row) | (column < 3))(first, k, v)
+
+    new, out = dynamo_run(attend, q, k, v, use=retrace)
+    assert counted(new, "aten.scaled_dot_product_attention") == counted(new, "aten.le") == 2
+    torch.testing.assert_close(out, attend(q, k, v))
+
+
+def test_a_constant_inside_a_vmap_is_refused_rather_than_broken():
+    """The traced graph would hold a tensor of the vmap, and fail when it runs."""
+    q, k, v = rows(6)
 
     def use(graph):
         try:
             return retrace(graph)
-        except RetraceError as error:
+        except (RetraceError, NotImplementedError) as error:
             return error
 
-    made, out = dynamo_run(attend, q, k, v, use=use)
-    if isinstance(made, RetraceError):
-        assert "vmap" in str(made)
+    made, out = dynamo_run(masked_by(lambda row, column: column <= row * torch.tensor(1)), q, k, v, use=use)
+    assert isinstance(made, Exception) and "vmap" in str(made)
     torch.testing.assert_close(out, sdpa(q, k, v, is_causal=True))
 
 

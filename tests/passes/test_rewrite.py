@@ -106,6 +106,31 @@ def test_a_decode_under_a_mask_from_outside_keeps_the_mask_as_a_table():
     torch.testing.assert_close(out, dense)
 
 
+@pytest.mark.parametrize("tail", ["drop", "estimate"])
+def test_a_decode_in_chunks_attends_to_nothing_outside_of_the_chunk(tail):
+    """Routing wants the first tokens of all, and the best of the others: none of them may be seen."""
+    handle, tokens, size = opened(), 64, 24
+    routing = Routing(budget=Budget(tokens=16), dense_below=0, centre_tokens=8, tail=tail)
+
+    def decode(q, k, v, handle):
+        keys = torch.arange(tokens)[None, None, None, :]
+        here = (torch.arange(1) + tokens - 1)[None, None, :, None]
+        mask = (keys <= here) & (keys // size == here // size)
+        return sdpa(q, *map(spread, torch.ops.hga.append(k, v, handle, tokens)), mask)
+
+    q, k, v = rows(1, 1, KV_HEADS)
+    past_k, past_v = (torch.randn(BATCH, KV_HEADS, tokens - 1, DIM) for _ in range(2))
+    outside = (tokens - 1) // size * size
+    past_v[:, :, :outside] = 1e4
+    STATES.get(handle).put(past_k, past_v, tokens - 1)
+    result, out = rewritten(decode, q, k, v, handle, routing=routing)
+    assert [decision.reason for decision in result.decisions] == [Reason.ROUTED]
+    assert out.abs().max() < 100
+    # What is left of the chunk fits into the budget.
+    keys, values = torch.cat([past_k, k], 2)[:, :, outside:], torch.cat([past_v, v], 2)[:, :, outside:]
+    torch.testing.assert_close(out, sdpa(q, spread(keys), spread(values)))
+
+
 def test_a_sliding_window_becomes_window_attention_and_keeps_the_window():
     handle = opened()
 
@@ -162,7 +187,7 @@ def test_a_mask_that_another_site_needs_is_kept():
         return first, sdpa(q, k, v, mask | (torch.arange(6) < 2))
 
     result, out = rewritten(two, *rows(6))
-    assert [decision.reason for decision in result.decisions] == [Reason.ROUTED, Reason.UNPROVEN_MASK]
+    assert [decision.reason for decision in result.decisions] == [Reason.ROUTED, Reason.PREFIX_LM]
     assert counted(result.graph, "hga.attention") == counted(result.graph, SDPA) == 1
     assert counted(result.graph, "aten.le") == 1
 
