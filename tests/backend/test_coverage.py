@@ -25,8 +25,17 @@ def seen(request, recompile) -> tuple[Family, Observed]:
     return family, observe(family)
 
 
-every_family = pytest.mark.parametrize("seen", FAMILIES, indirect=True)
-every_decoder = pytest.mark.parametrize("seen", DECODERS, indirect=True)
+# A family for each form of attention and of cache; the others differ in what is around it.
+FORMS = {"Llama", "Mistral", "Gemma 2", "GPT-2", "gpt-oss", "DeepSeek-V3", "Falcon (ALiBi)", "T5"}
+assert FAMILIES.keys() >= FORMS
+
+
+def each(names):
+    marked = [pytest.param(name, marks=[] if name in FORMS else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("seen", marked, indirect=True)
+
+
+every_family, every_decoder = each(FAMILIES), each(DECODERS)
 
 
 @every_family

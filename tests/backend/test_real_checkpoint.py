@@ -11,7 +11,7 @@ import hga_compile
 from hga_compile.demo.store import cache_root, is_intact
 from hga_compile.demo.text import paragraphs
 
-pytestmark = pytest.mark.checkpoint
+pytestmark = [pytest.mark.checkpoint, pytest.mark.slow]
 TOKENS = 2048
 
 

@@ -105,6 +105,7 @@ def real_model() -> str:
     pytest.skip("the demo's model is neither in HGA_MODELS nor in the cache folder: run `hga demo` once")
 
 
+@pytest.mark.slow
 @pytest.mark.checkpoint
 def test_the_real_model_finds_the_planted_fact_with_routed_attention() -> None:
     arguments = ["demo", "--model", real_model(), "--tokens", "2048", "--device", "cpu", "--json"]
@@ -118,6 +119,7 @@ def test_the_real_model_finds_the_planted_fact_with_routed_attention() -> None:
     assert result["hga"]["decode"]["attended"] < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.checkpoint
 def test_the_same_model_runs_from_a_folder_without_the_cache(tmp_path: Path) -> None:
     folder = shutil.copytree(real_model(), tmp_path / "smollm2-135m")
