@@ -357,7 +357,8 @@ def _tiles(call: _Call) -> Tensor:
     key, value = kv.read(0, call.length)
     step = min(256, max(16, _TILE_BYTES // (4 * kv.rows * heads * call.length)))
     parts = []
-    for begin in range(0, queries, step):
+    # From the longest tile down: each then fits where the one before it was, and the heap does not grow.
+    for begin in reversed(range(0, queries, step)):
         stop = min(begin + step, queries)
         first, tokens = call.first + begin, call.first + stop
         plan = _plan(call, first, stop - begin)
@@ -376,7 +377,7 @@ def _tiles(call: _Call) -> Tensor:
         if call.padding is not None:
             visible = visible & call.padding.rows(kv.rows)[:, None, :tokens]
         allowed &= visible
-        call.use.add_attended(allowed.sum())
+        call.use.add_attended(torch.count_nonzero(allowed))
         if LEDGER.wants(call.layer):
             padded = torch.nn.functional.pad(allowed, (0, -tokens % group))
             _record(call, first, padded.unflatten(-1, (-1, group)).any(-1))
@@ -398,7 +399,7 @@ def _tiles(call: _Call) -> Tensor:
             )
             part = part.unflatten(0, (batch, kv_heads)).to(call.query.dtype)
         parts.append(part)
-    return torch.cat(parts, 3)
+    return torch.cat(parts[::-1], 3)
 
 
 def _plan(call: _Call, first: int, queries: int) -> QueryPlan:

@@ -123,10 +123,14 @@ class MaskValues:
     def number(self, value: Any, rank: int) -> Number:
         """Return an operand of an op whose result has `rank` dimensions as a number."""
         formula = expression(value)
-        found = Affine((), formula) if formula is not None else self.of(value)
-        narrow = formula is None and value.meta["val"].dtype not in _EXACT_TYPES
-        if isinstance(found, Truth) or narrow:
-            raise NotUnderstood(f"{value}, which is no exact number")
+        # Numbers are converted to the type of what they are compared with: -1 is 255 among bytes.
+        found: Value = self.of(value) if formula is None else Affine((), formula)
+        if formula is None:
+            wraps = value.meta["val"].dtype not in _EXACT_TYPES
+        else:
+            wraps = formula.is_number and abs(formula) >= 2**31
+        if isinstance(found, Truth) or wraps:
+            raise NotUnderstood(f"{value}, which is no number or may wrap")
         return found.mapped(lambda a: a.widened(rank))
 
     def sum(self, value: Any, rank: int) -> Sum:

@@ -136,6 +136,12 @@ PROVEN = {
         12,
         (PADDING.long(),),
     ),
+    "a padding table that was compared": (
+        lambda t: causal() & (t > 0)[:, None, None, :],
+        12,
+        12,
+        (PADDING.long() * 3 - 1,),
+    ),
     "a table of ops that are not understood": (
         lambda: (
             causal()
@@ -836,6 +842,15 @@ UNPROVEN = {
         12,
         (DOCUMENTS,),
     ),
+    "the query's own key within its document": (
+        lambda p: (
+            (p[:, None, None, :] == p[:, None, :, None])
+            & same_document(find_packed_sequence_indices(p), 12, 12)
+        ),
+        12,
+        12,
+        (POSITIONS,),
+    ),
     "documents that differ": (
         lambda d: causal() & (d[:, None, :, None] != d[:, None, None, :]),
         12,
@@ -856,6 +871,25 @@ UNPROVEN = {
     ),
     "or: the next key too": (lambda: causal() | (key(12) <= query(12, 12) + 1), 12, 12, ()),
     "or: a prefix of no causal mask": (lambda: (key(12) < 4) | (key(12) > 7), 12, 12, ()),
+    "or: a prefix beside chunks": (lambda: (key(12) < 4) | same_chunk(12, 12, 4), 12, 12, ()),
+    "or: a prefix as far as a table of the next keys says": (
+        lambda t: causal(11, 11) | ((key(11) < 8) & t[:, None, None, 1:]),
+        11,
+        11,
+        (PADDING,),
+    ),
+    "or: bytes that are compared with -1": (
+        lambda t: causal() | (t[:, None, None, :] == -1),
+        12,
+        12,
+        (torch.full((BATCH, 12), 255, dtype=torch.uint8),),
+    ),
+    "or: integers that are compared with too large a number": (
+        lambda t: causal() | (t[:, None, None, :] == 2**32),
+        12,
+        12,
+        (torch.zeros(BATCH, 12, dtype=torch.int32),),
+    ),
     "or: the last keys": (lambda: causal() | (key(12) >= 8), 12, 12, ()),
     "or: of a prefix alone": (lambda t: (key(12) < 4) | t[:, None, None, :], 12, 12, (PADDING,)),
     "or: every second key": (lambda: causal() | (key(12) * 2 < 8), 12, 12, ()),
@@ -937,16 +971,16 @@ UNPROVEN = {
         (),
     ),
     "chunks rounded to zero": (
-        lambda: (
+        lambda s: (
             causal()
             & (
-                torch.div(query(12, 12) - 6, 4, rounding_mode="trunc")
-                == torch.div(key(12) - 6, 4, rounding_mode="trunc")
+                torch.div(query(12, 12) - s, 4, rounding_mode="trunc")
+                == torch.div(key(12) - s, 4, rounding_mode="trunc")
             )
         ),
         12,
         12,
-        (),
+        (torch.tensor(6),),
     ),
     "chunks in a chunk, aligned to the first queries": (
         lambda: causal(5, 12) & (key(12) // 4 == torch.arange(5)[None, None, :, None] // 4),
