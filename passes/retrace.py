@@ -93,5 +93,5 @@ def _sound(graph: GraphModule) -> GraphModule:
             continue
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
         if wrapped or isinstance(value, torch._subclasses.FakeTensor):
-            raise RetraceError(f"{node.target} is a tensor of {'vmap' if wrapped else 'tracing'}")
+            raise RetraceError(f"{node.target} is a tensor of {'a transform' if wrapped else 'tracing'}")
     return graph
