@@ -1,14 +1,18 @@
 """Which model families are routed, and that none of them ever gives another answer than it should."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import BUDGET, FAMILIES, Family, Observed, observe, row, table, table_of
+from packaging.version import Version
 
 from hga_compile.passes.decision import Reason
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
+NEWEST = Version(transformers.__version__) >= Version("5.23")
 DECODERS = [family.name for family in FAMILIES.values() if family.kind == "decoder"]
 REMEDY = "python tests/backend/families.py --write docs/coverage.md"
 
@@ -33,6 +37,11 @@ assert FAMILIES.keys() >= FORMS
 def each(names):
     marked = [pytest.param(name, marks=[] if name in FORMS else pytest.mark.slow) for name in names]
     return pytest.mark.parametrize("seen", marked, indirect=True)
+
+
+def graphs_of(family: Family, newest: bool = NEWEST) -> int:
+    """Return how many graphs a family is compiled to; caches of two parts break those of transformers 5.17."""
+    return {"encoder": 1, "decoder": 3, "encoder-decoder": 3 if newest else 6}[family.kind]
 
 
 every_family, every_decoder = each(FAMILIES), each(DECODERS)
@@ -72,7 +81,7 @@ def test_what_is_routed_attends_to_everything_that_fits_into_the_budget(seen):
 def test_nothing_is_compiled_after_the_first_conversation(seen):
     """The graphs of the first steps serve further ones, other padding, a longer chunk and `generate`."""
     family, observed = seen
-    assert observed.graphs == (1 if family.kind == "encoder" else 3)
+    assert observed.graphs == graphs_of(family)
     assert observed.recompiles == 0
 
 
@@ -96,7 +105,9 @@ def test_over_budget_logits_equal_dense_attention_to_the_routed_tokens(seen):
 def test_the_coverage_page_says_what_was_seen(seen):
     family, observed = seen
     lines = table_of(PAGE.read_text()).splitlines()
-    assert row(family, observed) in lines, f"out of date: {REMEDY}"
+    assert observed.graphs == graphs_of(family)
+    newest = replace(observed, graphs=graphs_of(family, newest=True))
+    assert row(family, newest) in lines, f"out of date: {REMEDY}"
 
 
 def test_the_coverage_page_has_one_line_for_every_family_in_order():

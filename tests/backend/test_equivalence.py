@@ -7,7 +7,12 @@ from tiny_models import TIGHT, Pair, largest_error, left_padded, make_model, run
 import hga_compile
 from hga_compile.cache import HGALayer, HGASlidingLayer
 
-MODELS = ["llama", "qwen3", "gemma3", "mistral", "gpt2"]
+MODELS = [
+    "llama",
+    "gemma3",
+    "gpt2",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mistral")),
+]
 PREFILL, CHUNK, STEPS = 20, 7, 16
 
 

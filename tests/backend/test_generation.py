@@ -38,6 +38,7 @@ def test_prompt_lookup_crops_the_cache(pairs, name):
     assert same_tokens(pairs(name), prompt, prompt_lookup_num_tokens=5, max_new_tokens=16)
 
 
+@pytest.mark.slow
 def test_assisted_generation_crops_both_caches(pairs, recompile):
     pair, prompt = Pair(make_model("llama")), tokens(1, 12)
     assistant = make_model("llama", num_hidden_layers=1)

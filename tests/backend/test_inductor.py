@@ -29,6 +29,7 @@ def test_prefill_and_decode_through_inductor_equal_the_uncompiled_model(recompil
     assert hga_compile.report().totals("decode").attended_fraction == 1.0
 
 
+@pytest.mark.slow
 def test_decode_of_many_layers_through_inductor(recompile):
     """From five layers on, Inductor once named a layer's length without defining it."""
     pair = Pair(make_model("llama", hidden_size=32, intermediate_size=32, num_hidden_layers=6), OPTIONS)
@@ -106,6 +107,7 @@ def result_of(cache, *arguments):
     return json.loads(line.removeprefix("RESULT"))
 
 
+@pytest.mark.slow
 def test_saved_artifacts_serve_another_process_but_no_other_budget(tmp_path):
     artifacts = tmp_path / "artifacts"
     ((expected, hits, misses),) = result_of(tmp_path / "one", artifacts, 8)

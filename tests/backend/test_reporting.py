@@ -132,6 +132,7 @@ def test_a_graph_that_cannot_be_traced_again_runs_as_it_came_and_is_reported(rec
     assert any("left as it is" in record.message for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_flex_attention_is_left_as_it_is(recompile):
     model = make_model("llama", num_hidden_layers=1)
     model.set_attn_implementation("flex_attention")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from attention_graphs import BATCH, assert_claim_holds, compiled_plan, masked, rows, traced
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, masking_utils
 from transformers.masking_utils import (
     blockwise_overlay,
     causal_mask_function,
@@ -1014,11 +1014,17 @@ UNPROVEN = {
 }
 
 
+# In transformers 5.17 documents keep the places of the whole sequence, which is proven, and dense as well.
+REMAPPED = {"transformers, chunks of packed documents", "positions with a gap"}
+
+
 @pytest.mark.parametrize("name", UNPROVEN)
 def test_a_near_miss_stays_unproven(name):
     build, queries, keys, tables = UNPROVEN[name]
     plan, *_ = masked(build, queries, keys, *(t.clone() for t in tables))
-    assert plan.decision.reason is Reason.UNPROVEN_MASK, plan.decision
+    remaps = hasattr(masking_utils, "packed_sequence_compatibility_function")
+    expected = Reason.PACKED if name in REMAPPED and not remaps else Reason.UNPROVEN_MASK
+    assert plan.decision.reason is expected, plan.decision
     assert plan.decision.detail
 
 
