@@ -1,14 +1,16 @@
-// Decoding on a CPU: the scan over low-bit keys, the choice of groups, and attention over them for one query.
+// Routed attention on a CPU: the scan over low-bit keys, the choice of groups, and attention over them, query by query.
 //
 // Plain C++ on the vectors that GCC and Clang know; no library but the standard one. The reference is
 // lowbit.LowBitSummary.scorer, route.merge_votes, a topk and attend.attend_gathered; native.py says what is passed.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #if defined(__clang__)
@@ -274,6 +276,44 @@ void attend_row(const float* pages, std::int64_t stride, const std::int64_t* gro
   }
 }
 
+// Groups of one unpadded query, as native.Span has them.
+struct Span {
+  std::int64_t sink_start, sink_end, window, chosen, length;
+};
+
+// One query of one row (see hga_steps); false if a score is not finite.
+bool step(const float* pages, std::int64_t page_stride, const std::uint8_t* codes, std::int64_t byte_stride,
+          const float* scales, const float* turned, const float* query, float* out, const Span& span, int heads, int dim,
+          int v_dim, int size, int bits, int most, float scale) {
+  const std::int64_t tokens = span.window * size, blocks = (tokens + kBlock - 1) / kBlock;
+  const std::int64_t last = (span.length + size - 1) / size;
+  // Kept from step to step: fresh memory costs more than what is done with it.
+  thread_local std::vector<float> scores, peaks, masses, votes, sorted, weights;
+  thread_local std::vector<std::int64_t> groups;
+  groups.clear();
+  for (std::int64_t group = span.sink_start; group < span.sink_end; ++group) groups.push_back(group);
+  if (span.chosen >= span.window - span.sink_end) {
+    for (std::int64_t group = span.sink_end; group < span.window; ++group) groups.push_back(group);
+  } else if (span.chosen > 0) {
+    scores.resize(heads * blocks * kBlock);
+    peaks.resize(heads);
+    masses.resize(blocks * kLanes);
+    if (!scorer_of(bits)(codes, byte_stride, turned, heads, dim, scales, scores.data(), peaks.data(), tokens))
+      return false;
+    votes.assign(span.window, 0.0f);
+    for (int head = 0; head < heads; ++head) {
+      const double total = sum_fours(scores.data() + head * blocks * kBlock, peaks[head], masses.data(), blocks);
+      add_votes(masses.data(), static_cast<float>(1.0 / total), votes.data(), span.window, size / kVectors, most);
+    }
+    choose(votes.data(), span.sink_end, span.window, span.chosen, sorted, groups);
+  }
+  for (std::int64_t group = span.window; group < last; ++group) groups.push_back(group);
+  const std::int64_t count = static_cast<std::int64_t>(groups.size());
+  attend_row(pages, page_stride, groups.data(), count, count * size - (last * size - span.length), query, out, heads,
+             dim, v_dim, size, scale, weights);
+  return true;
+}
+
 }  // namespace
 
 extern "C" {
@@ -306,37 +346,30 @@ void hga_attend(const float* pages, const std::int64_t* groups, const float* que
                out + row * heads * v_dim, heads, dim, v_dim, size, scale, weights);
 }
 
-// A whole step: route `turned` queries over the groups before the window, choose `chosen` of them behind the sinks, and
-// attend to sinks, chosen groups and window up to token `length`. 1 if a score is not finite: `out` counts for nothing.
-int hga_step(const float* pages, const std::uint8_t* codes, std::int64_t row_stride, std::int64_t byte_stride,
-             const float* scales, const float* turned, const float* query, float* out, std::int64_t rows, int heads,
-             int dim, int v_dim, int size, int bits, int most, std::int64_t sink_start, std::int64_t sink_end,
-             std::int64_t window, std::int64_t chosen, std::int64_t length, float scale) {
-  const std::int64_t tokens = window * size, blocks = (tokens + kBlock - 1) / kBlock;
-  const std::int64_t page = static_cast<std::int64_t>(size) * (dim + v_dim), last = (length + size - 1) / size;
-  // Kept from step to step: fresh memory costs more than what is done with it.
-  thread_local std::vector<float> scores, peaks, masses, votes, sorted, weights;
-  thread_local std::vector<std::int64_t> groups;
-  scores.resize(heads * blocks * kBlock);
-  peaks.resize(heads);
-  masses.resize(blocks * kLanes);
-  for (std::int64_t row = 0; row < rows; ++row) {
-    if (!scorer_of(bits)(codes + row * row_stride, byte_stride, turned + row * heads * dim, heads, dim,
-                         scales + row * tokens, scores.data(), peaks.data(), tokens))
-      return 1;
-    votes.assign(window, 0.0f);
-    for (int head = 0; head < heads; ++head) {
-      const double total = sum_fours(scores.data() + head * blocks * kBlock, peaks[head], masses.data(), blocks);
-      add_votes(masses.data(), static_cast<float>(1.0 / total), votes.data(), window, size / kVectors, most);
+// Routes and attends, one query at a time: scores the groups before its window, chooses `chosen` of them behind the
+// sinks, and attends to sinks, chosen groups and window up to token `length`. Queries [rows, queries, heads, dim] and
+// scales [rows, tokens]; spans [queries]. 1 if a score is not finite: `out` counts for nothing.
+int hga_steps(const float* pages, const std::uint8_t* codes, std::int64_t row_stride, std::int64_t byte_stride,
+              const float* scales, std::int64_t scale_stride, const float* turned, const float* query, float* out,
+              const Span* spans, std::int64_t rows, std::int64_t queries, int heads, int dim, int v_dim, int size,
+              int bits, int most, float scale, int threads) {
+  const std::int64_t page = static_cast<std::int64_t>(size) * (dim + v_dim);
+  std::atomic<std::int64_t> next{0};
+  std::atomic<bool> finite{true};
+  const auto work = [&] {
+    for (std::int64_t item; finite && (item = next++) < rows * queries;) {
+      // The last queries see most: begun first, they do not keep others waiting at the end.
+      const std::int64_t row = item % rows, number = queries - 1 - item / rows, at = row * queries + number;
+      if (!step(pages + row * page, rows * page, codes + row * row_stride, byte_stride, scales + row * scale_stride,
+                turned + at * heads * dim, query + at * heads * dim, out + at * heads * v_dim, spans[number], heads, dim,
+                v_dim, size, bits, most, scale))
+        finite = false;
     }
-    groups.clear();
-    for (std::int64_t group = sink_start; group < sink_end; ++group) groups.push_back(group);
-    choose(votes.data(), sink_end, window, chosen, sorted, groups);
-    for (std::int64_t group = window; group < last; ++group) groups.push_back(group);
-    const std::int64_t count = static_cast<std::int64_t>(groups.size());
-    attend_row(pages + row * page, rows * page, groups.data(), count, count * size - (last * size - length),
-               query + row * heads * dim, out + row * heads * v_dim, heads, dim, v_dim, size, scale, weights);
-  }
-  return 0;
+  };
+  std::vector<std::thread> others;
+  for (int number = 1; number < std::min<std::int64_t>(threads, rows * queries); ++number) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+  return finite ? 0 : 1;
 }
 }

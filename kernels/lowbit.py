@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels.native import STEP_TOKENS, Span, decode_step, scan_scores
+from hga_compile.kernels.native import STEP_TOKENS, routed_steps, scan_scores
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
@@ -145,34 +145,37 @@ class LowBitSummary:
 
         return score
 
-    def step(
-        self, pages: Tensor, scaled: Tensor, query: Tensor, span: Span, vote: str, scale: float
+    def steps(
+        self, pages: Tensor, scaled: Tensor, query: Tensor, spans: Tensor, vote: str, scale: float
     ) -> Tensor | None:
-        """Route one query a row and attend, on a CPU (see `decode_step`).
+        """Route queries and attend, each on its own, on a CPU (see `routed_steps`).
 
         Parameters
         ----------
         pages : Tensor
             ``[groups, rows, page]`` float32.
         scaled, query : Tensor
-            ``[rows, heads, 1, dim]`` float32, with the softmax scale applied and without.
-        span : Span
-            Which groups are fixed, and how many to choose; all before its window are summarised.
+            ``[rows, heads, queries, dim]`` float32, with the softmax scale applied and without.
+        spans : Tensor
+            ``[queries, 5]`` int64: which groups are fixed, and how many to choose; all before the windows are
+            summarised.
         vote, scale
             `routing.vote` and the softmax scale.
 
         Returns
         -------
         Tensor or None
-            ``[rows, heads, v_dim]``; None where there is no such way.
+            ``[rows, heads, queries, v_dim]``; None where there is no such way.
         """
         if self.group_size % STEP_TOKENS:
             return None
-        codes, scales = self._coded(span.window)
-        return decode_step(
-            pages, codes, scales, self._turned(scaled), query[:, :, 0], span,
+        codes, scales = self._coded(int(spans[:, 2].max()))
+        turned = self._turned(scaled).view(scaled.shape)
+        out = routed_steps(
+            pages, codes, scales, turned.transpose(1, 2), query.transpose(1, 2), spans,
             bits=self.bits, group_size=self.group_size, vote=vote, scale=scale,
         )  # fmt: skip
+        return None if out is None else out.transpose(1, 2)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows`."""

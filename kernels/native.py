@@ -1,4 +1,4 @@
-"""Decoding in C++ for CPUs: built once by the machine's own compiler, kept in the user's cache."""
+"""Routed attention in C++ for CPUs: built once by the machine's own compiler, kept in the user's cache."""
 
 import ctypes
 import hashlib
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hga_compile.kernels.ledger import LEDGER
 
-__all__ = ["STEP_TOKENS", "Span", "attend_pages", "decode_step", "scan_scores"]
+__all__ = ["STEP_TOKENS", "Span", "attend_pages", "routed_steps", "scan_scores"]
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +32,12 @@ _FLAGS = (
     "-fno-trapping-math",
     "-fPIC",
     "-shared",
+    "-pthread",
 )
 _SECONDS = 120
 
 STEP_TOKENS = 4
-"""Groups of `decode_step` are of a multiple of so many tokens."""
+"""Groups of `routed_steps` are of a multiple of so many tokens."""
 
 
 class Span(NamedTuple):
@@ -123,33 +124,33 @@ def attend_pages(
     return out
 
 
-def decode_step(
+def routed_steps(
     pages: Tensor,
     codes: Tensor,
     scales: Tensor,
     turned: Tensor,
     query: Tensor,
-    span: Span,
+    spans: Tensor,
     *,
     bits: int,
     group_size: int,
     vote: str,
     scale: float,
 ) -> Tensor | None:
-    """Route one query a row by low-bit keys and attend, as `scan_scores`, votes and `attend_pages` would.
+    """Route queries by low-bit keys and attend, each on its own: `scan_scores`, votes and `attend_pages` in one.
 
     Parameters
     ----------
     pages : Tensor
         As `attend_pages` takes them.
     codes, scales : Tensor
-        As `scan_scores` takes them, of the groups before the window.
+        As `scan_scores` takes them, of the groups before the last window at least.
     turned : Tensor
-        ``[rows, heads, dim]`` float32: the query scaled and rotated as the keys are.
+        ``[rows, queries, heads, dim]`` float32: the queries scaled and rotated as the keys are.
     query : Tensor
-        ``[rows, heads, dim]`` float32, as it is.
-    span : Span
-        Which groups are fixed, and how many to choose.
+        ``[rows, queries, heads, dim]`` float32, as they are.
+    spans : Tensor
+        ``[queries, 5]`` int64 on the CPU: a `Span` a query.
     bits, group_size, vote
         Settings of the layer; the group size is a multiple of `STEP_TOKENS`.
     scale : float
@@ -158,19 +159,21 @@ def decode_step(
     Returns
     -------
     Tensor or None
-        ``[rows, heads, v_dim]``; None without a compiler, and where a score is not finite.
+        ``[rows, queries, heads, v_dim]``; None without a compiler, and where a score is not finite.
     """
     library = _library()
     if library is None:
         return None
-    rows, heads, dim = query.shape
+    rows, queries, heads, dim = query.shape
     v_dim = pages.shape[2] // group_size - dim
-    turned, query = turned.contiguous(), query.contiguous()
-    out = torch.empty(rows, heads, v_dim, device="cpu", dtype=torch.float32)
-    broken = library.hga_step(
-        pages.data_ptr(), codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(),
-        turned.data_ptr(), query.data_ptr(), out.data_ptr(), rows, heads, dim, v_dim, group_size, bits,
-        vote == "mass_max", span.sink_start, span.sink_end, span.window, span.chosen, span.length, scale,
+    turned, query, scales, spans = (part.contiguous() for part in (turned, query, scales, spans))
+    out = torch.empty(rows, queries, heads, v_dim, device="cpu", dtype=torch.float32)
+    # A single query is done before other threads have started.
+    threads = torch.get_num_threads() if queries > 1 else 1
+    broken = library.hga_steps(
+        pages.data_ptr(), codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(), scales.stride(0),
+        turned.data_ptr(), query.data_ptr(), out.data_ptr(), spans.data_ptr(), rows, queries, heads, dim, v_dim,
+        group_size, bits, vote == "mass_max", scale, threads,
     )  # fmt: skip
     return None if broken else out
 
@@ -189,8 +192,8 @@ def _library() -> ctypes.CDLL | None:
     library.hga_scores.argtypes = [pointer, long, long, *[pointer] * 3, long, *[short] * 3, long]
     library.hga_attend.argtypes = [*[pointer] * 4, long, *[short] * 4, long, long, real]
     library.hga_attend.restype = None
-    tensors: list[Any] = [*[pointer] * 2, *[long] * 2, *[pointer] * 4]
-    library.hga_step.argtypes = [*tensors, long, *[short] * 6, *[long] * 5, real]
+    tensors: list[Any] = [*[pointer] * 2, *[long] * 2, pointer, long, *[pointer] * 4]
+    library.hga_steps.argtypes = [*tensors, *[long] * 2, *[short] * 6, real, short]
     return library
 
 

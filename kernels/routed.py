@@ -12,7 +12,7 @@ from hga_compile.kernels.attend import attend_full, attend_gathered, attend_mask
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
 from hga_compile.kernels.lowbit import LowBitSummary
-from hga_compile.kernels.native import Span, attend_pages
+from hga_compile.kernels.native import attend_pages
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.route import Chosen, choose_groups, per_row
 from hga_compile.kernels.scoring import PLAIN, Scoring
@@ -228,7 +228,7 @@ def _decode(call: _Call) -> Tensor:
     plan = _plan(call, call.first, 1)
     _count_visible(call, plan)
     known = min(plan.last_window, _groups(call))
-    out = _step(call, plan, known)
+    out = _steps(call, plan)
     if out is not None:
         return out
     chosen = _choose(call, plan, call.scaled, known, _scorer(call, known))
@@ -287,23 +287,33 @@ def _native_pages(call: _Call) -> Tensor | None:
     return call.kv.host_pages if plain and call.query.dtype == torch.float32 else None
 
 
-def _step(call: _Call, plan: QueryPlan, known: int) -> Tensor | None:
-    """Route and attend in one call on a CPU; None where that is not possible."""
+def _steps(call: _Call, plan: QueryPlan) -> Tensor | None:
+    """Route and attend query by query, in one call on a CPU; None where that is not possible."""
     size, pages, summary = call.routing.group_size, _native_pages(call), call.index.groups
     if pages is None or call.padding is not None or not isinstance(summary, LowBitSummary):
         return None
-    if call.routing.uses_chunks(call.length) or known != plan.certain or not known or bool(plan.dense):
+    if call.routing.uses_chunks(call.length) or not 0 < plan.last_window <= summary.groups:
         return None
-    span = Span(int(plan.sink_start), int(plan.sink_end), int(plan.window), int(plan.chosen), call.length)
+    spans, scored, attended = _spans(call.routing, call.first, call.query.shape[3])
     vote = call.routing.vote
-    out = summary.step(pages, call.scaled, call.query.flatten(0, 1), span, vote, call.scale)
-    if out is None:
-        return None
-    groups = span.sink_end - span.sink_start + min(span.chosen, span.window - span.sink_end)
-    groups += -(-call.length // size) - span.window
-    _count_scored(call, known)
-    call.use.add_attended(call.kv.rows * (groups * size - -call.length % size))
+    out = summary.steps(pages, call.scaled, call.query.flatten(0, 1), spans, vote, call.scale)
+    if out is not None:
+        _count_scored(call, scored)
+        call.use.add_attended(call.kv.rows * attended)
     return out
+
+
+# All layers of a model take the same steps.
+@lru_cache(maxsize=64)
+def _spans(routing: Routing, first: int, queries: int) -> tuple[Tensor, int, int]:
+    """Return the `Span` of each unpadded query, the groups scored, and the tokens attended to, in one row."""
+    plan, size = plan_queries(routing, first, queries, None), routing.group_size
+    between = plan.window - plan.sink_end
+    chosen = torch.where(plan.dense, between, torch.minimum(plan.chosen, between))
+    parts = (plan.sink_start, plan.sink_end, plan.window, chosen, plan.visible)
+    scored = plan.window * ((0 < chosen) & (chosen < between))
+    attended = (plan.sink_end - plan.sink_start + chosen - plan.window) * size + plan.visible
+    return torch.stack([part[0] for part in parts], 1), int(scored.sum()), int(attended.sum())
 
 
 # All layers of a model take the same step.
@@ -353,6 +363,11 @@ def _tiles(call: _Call) -> Tensor:
     batch, kv_heads, heads, queries, _ = call.query.shape
     device = call.query.device
     _extend(call)
+    plan = _plan(call, call.first, queries)
+    out = _steps(call, plan)
+    if out is not None:
+        _count_visible(call, plan)
+        return out.unflatten(0, (batch, kv_heads))
     tail, score = call.index.tail, _scorer(call, _groups(call))
     key, value = kv.read(0, call.length)
     step = min(256, max(16, _TILE_BYTES // (4 * kv.rows * heads * call.length)))

@@ -29,17 +29,19 @@ from hga_compile.kernels.states import STATES
 torch._dynamo.config.recompile_limit = 128
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_itemcollected(item):
+    """Tests that share compiled models go into one process."""
+    names = getattr(item, "fixturenames", ())
+    group = "pairs" if "pairs" in names else item.path.name if "results" in names else None
+    if "seen" in names:
+        group = item.callspec.params["seen"]
+    if group is not None:
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that forget what is compiled go last; those that share it go into one process."""
+    """Tests that forget what is compiled go last."""
     items.sort(key=lambda item: "recompile" in getattr(item, "fixturenames", ()))
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        group = "pairs" if "pairs" in names else item.path.name if "results" in names else None
-        if "seen" in names:
-            group = item.callspec.params["seen"]
-        if group is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -91,9 +91,10 @@ def test_a_step_attends_to_the_groups_with_the_most_votes(
     codes, scales, keys = coded(rows, known * size, dim, bits)
     query, turned = torch.randn(rows, heads, dim), torch.randn(rows, heads, dim) * spread
     span = native.Span(0, seed % 2, known, seed % 7, length)
-    got = native.decode_step(
-        pages.buffer, codes, scales, turned, query, span, bits=bits, group_size=size, vote=vote, scale=0.3
-    )
+    got = native.routed_steps(
+        pages.buffer, codes, scales, turned[:, None], query[:, None], torch.tensor([span]),
+        bits=bits, group_size=size, vote=vote, scale=0.3,
+    )  # fmt: skip
     scores = (turned.double() @ keys.transpose(1, 2)).view(rows, heads, 1, known, size)
     votes = merge_votes(scores, None, vote)[:, 0, span.sink_end : span.window]
     best = votes.topk(min(span.chosen, votes.shape[1])).indices.sort().values + span.sink_end
@@ -108,7 +109,27 @@ def test_a_step_attends_to_the_groups_with_the_most_votes(
     last, next_one = ranked[:, best.shape[1]], ranked[:, best.shape[1] + 1]
     # Which one of groups with equal votes is taken does not matter here.
     if best.shape[1] == 0 or bool((last > 1.0001 * next_one + 1e-30).all()):
-        torch.testing.assert_close(got.double(), weights @ value.double()[own, token], atol=5e-6, rtol=1e-4)
+        torch.testing.assert_close(got[:, 0].double(), weights @ value.double()[own, token], atol=5e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_query_of_many_has_its_own_span(threads: int) -> None:
+    rows, heads, dim, size, queries = 2, 3, 16, 4, 11
+    pages = Pages(rows, dim, dim, size, torch.float32, torch.device("cpu"), torch.device("cpu"))
+    pages.write(torch.randn(rows, 200, dim), torch.randn(rows, 200, dim), 0)
+    codes, scales, _ = coded(rows, 160, dim, 2)
+    query, turned = torch.randn(2, rows, queries, heads, dim).unbind()
+    spans = torch.tensor([native.Span(0, 1, 20 + number, number, 120 + number) for number in range(queries)])
+    settings = {"bits": 2, "group_size": size, "vote": "mass_sum", "scale": 0.3}
+    torch.set_num_threads(threads)
+    got = native.routed_steps(pages.buffer, codes, scales, turned, query, spans, **settings)
+    assert got is not None
+    for number in range(queries):
+        one = slice(number, number + 1)
+        alone = native.routed_steps(
+            pages.buffer, codes, scales, turned[:, one], query[:, one], spans[one], **settings
+        )
+        assert alone is not None and torch.equal(got[:, one], alone)
 
 
 def test_of_equal_groups_a_step_takes_the_first() -> None:
@@ -116,12 +137,12 @@ def test_of_equal_groups_a_step_takes_the_first() -> None:
     value = torch.arange(40.0)[None, :, None].expand(1, 40, 4)
     pages.write(torch.zeros(1, 40, 4), value, 0)
     codes, scales, _ = coded(1, 36, 4, 2)
-    query, span = torch.zeros(1, 1, 4), native.Span(0, 1, 9, 3, 40)
-    got = native.decode_step(
-        pages.buffer, codes, scales, query, query, span, bits=2, group_size=4, vote="mass_sum", scale=1.0
+    query, spans = torch.zeros(1, 1, 1, 4), torch.tensor([native.Span(0, 1, 9, 3, 40)])
+    got = native.routed_steps(
+        pages.buffer, codes, scales, query, query, spans, bits=2, group_size=4, vote="mass_sum", scale=1.0
     )
     assert got is not None
-    torch.testing.assert_close(got, value[:, [*range(16), *range(36, 40)]].mean(1, keepdim=True))
+    torch.testing.assert_close(got[:, 0], value[:, [*range(16), *range(36, 40)]].mean(1, keepdim=True))
 
 
 @pytest.mark.parametrize("where", ["turned", "scale"])
@@ -129,11 +150,11 @@ def test_a_step_with_a_score_that_is_not_finite_is_left_to_the_reference(where: 
     pages = Pages(2, 16, 16, 4, torch.float32, torch.device("cpu"), torch.device("cpu"))
     pages.write(torch.randn(2, 90, 16), torch.randn(2, 90, 16), 0)
     codes, scales, _ = coded(2, 80, 16, 2)
-    query, turned = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
-    (turned if where == "turned" else scales)[1, 2] = torch.nan
-    span = native.Span(0, 1, 20, 5, 90)
-    got = native.decode_step(
-        pages.buffer, codes, scales, turned, query, span, bits=2, group_size=4, vote="mass_sum", scale=1.0
+    query, turned = torch.randn(2, 1, 3, 16), torch.randn(2, 1, 3, 16)
+    (turned[:, 0] if where == "turned" else scales)[1, 2] = torch.nan
+    spans = torch.tensor([native.Span(0, 1, 20, 5, 90)])
+    got = native.routed_steps(
+        pages.buffer, codes, scales, turned, query, spans, bits=2, group_size=4, vote="mass_sum", scale=1.0
     )
     assert got is None
 

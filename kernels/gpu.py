@@ -1,0 +1,156 @@
+"""A decode step on a GPU: Triton kernels from the query to the result, with no wait for the GPU in between."""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from hga_compile.configs.routing import Routing
+from hga_compile.kernels.plan import QueryPlan, plan_queries
+from hga_compile.kernels.scoring import PLAIN, Scoring
+
+__all__ = ["Spans", "decode_step", "spans_of", "usable"]
+
+_MOST_CHANNELS, _MOST_HEADS = 256, 64
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Which groups one query of each sequence attends to beside those chosen, on the GPU."""
+
+    table: Tensor
+    """``[batch or 1, 6]`` int32: first sink group, group past the sinks, first group of the window, groups to
+    choose between them, groups in all, first token that is not padding."""
+    width: int
+    """Groups of the longest list."""
+    groups: int
+    """Groups before the last window."""
+    attended: int
+    """Tokens attended to in one row of each line, summed over the lines."""
+
+
+def usable(device: torch.device, dtype: torch.dtype, dim: int, v_dim: int, heads: int, group_size: int) -> bool:
+    """Say whether the kernels cover a layer: CUDA with Triton, common dtypes, groups of a power of two."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and max(dim, v_dim) <= _MOST_CHANNELS
+        and heads <= _MOST_HEADS
+        and group_size & (group_size - 1) == 0
+        and _has_triton()
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def spans_of(routing: Routing, plan: QueryPlan, starts: Tensor | None, device: torch.device) -> Spans:
+    """Put the plan of one query a sequence on the GPU.
+
+    Parameters
+    ----------
+    routing : Routing
+        Settings of the layer.
+    plan : QueryPlan
+        Of one query.
+    starts : Tensor or None
+        ``[batch, 1]`` int64 on the CPU: padding before each sequence; None: there is none.
+    device : torch.device
+        The GPU.
+    """
+    if starts is None:
+        return _plain_spans(routing, plan.first, device)
+    return _spans(routing, plan, starts, device)
+
+
+# All layers of a model take the same step.
+@lru_cache(maxsize=64)
+def _plain_spans(routing: Routing, first: int, device: torch.device) -> Spans:
+    return _spans(routing, plan_queries(routing, first, 1, None), torch.zeros(1, 1, dtype=torch.int64), device)
+
+
+def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.device) -> Spans:
+    size, last = routing.group_size, plan.first // routing.group_size + 1
+    between = (plan.window - plan.sink_end).clamp(min=0)
+    chosen = torch.where(plan.dense, between, torch.minimum(plan.chosen, between))
+    lists = plan.sink_end - plan.sink_start + chosen + last - plan.window
+    parts = (plan.sink_start, plan.sink_end, plan.window, chosen, torch.full_like(starts, last), starts)
+    table = torch.cat([part.expand(len(plan.window), 1) for part in parts], 1).to(torch.int32)
+    # Of the first sink group and the last one not all tokens are there.
+    tokens = lists * size - (starts - plan.sink_start * size).clamp(min=0) - -(plan.first + 1) % size
+    # Without a wait: the table is small, and its source is kept until the copy is done.
+    source = table.pin_memory() if device.type == "cuda" else table
+    return Spans(
+        source.to(device, non_blocking=True), int(lists.max()), plan.last_window, int(tokens.sum())
+    )
+
+
+def decode_step(
+    pages: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    query: Tensor,
+    spans: Spans,
+    *,
+    length: int,
+    routing: Routing,
+    scale: float,
+    scoring: Scoring = PLAIN,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor]:
+    """Route one query a head by low-bit keys and attend to what it is routed to.
+
+    Parameters
+    ----------
+    pages : Tensor
+        ``[groups, rows, group_size * (dim + v_dim)]``, in GPU memory or pinned (see `store.pages.Pages`).
+    codes, scales : Tensor
+        ``[rows, bytes, tokens]`` uint8, bytes innermost in memory, and ``[rows, tokens]`` float16 (see
+        `lowbit.encode_keys`).
+    query : Tensor
+        ``[rows, heads, dim]``, dtype of the pages.
+    spans : Spans
+        From `spans_of`.
+    length : int
+        Tokens of the sequence.
+    routing : Routing
+        Settings of the layer.
+    scale : float
+        Softmax scale.
+    scoring : Scoring
+        Soft-cap and sinks.
+    kv_heads : int
+        Rows of one sequence.
+
+    Returns
+    -------
+    out : Tensor
+        ``[rows, heads, v_dim]``, dtype of the query.
+    groups : Tensor
+        ``[rows, width]`` int32: the groups attended to, ascending; fewer in rows whose list is shorter.
+    """
+    from hga_compile.kernels.triton_attend import attend_listed
+    from hga_compile.kernels.triton_score import group_masses
+    from hga_compile.kernels.triton_select import select_groups, votes_of
+    from hga_compile.kernels.triton_turn import turn
+
+    query = query.contiguous()
+    rows, heads, _ = query.shape
+    table = spans.table
+    shared = rows if len(table) == 1 else kv_heads
+    turned = turn(query, scale)
+    masses = group_masses(
+        codes, scales, turned, table, groups=spans.groups, group_size=routing.group_size, bits=routing.bits,
+        rows_of_span=shared,
+    )  # fmt: skip
+    votes = votes_of(masses, table, heads, routing.vote == "mass_max", shared)
+    chosen = select_groups(votes, table, spans.width, shared)
+    out = attend_listed(
+        pages, chosen, table, query, None if scoring.sinks is None else scoring.sinks.float(), length=length,
+        group_size=routing.group_size, scale=scale, softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads,
+    )  # fmt: skip
+    return out, chosen

@@ -1,0 +1,81 @@
+"""Triton: queries turned as low-bit keys are, in 16 bits (reference: `lowbit.LowBitSummary._turned`)."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hga_compile.kernels.rotation import rotation
+
+__all__ = ["Turned", "turn"]
+
+_COLUMNS = 32
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Rotated queries in fixed point: ``(high + low / 254) * step``, one step a head."""
+
+    high: Tensor
+    """``[rows, heads, dim]`` int8; heads past those of the query are 0."""
+    low: Tensor
+    """``[rows, heads, dim]`` int8."""
+    steps: Tensor
+    """``[rows, heads]`` float32, the softmax scale included."""
+
+
+def turn(query: Tensor, scale: float) -> Turned:
+    """Rotate one query a head and round it.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``[rows, heads, dim]``, contiguous.
+    scale : float
+        Softmax scale.
+    """
+    rows, heads, dim = query.shape
+    padded = max(8, triton.next_power_of_2(heads))
+    high = torch.empty(2, rows, padded, dim, dtype=torch.int8, device=query.device)
+    steps = torch.empty(rows, padded, dtype=torch.float32, device=query.device)
+    _turn[(rows, triton.cdiv(dim, _COLUMNS))](
+        query, rotation(dim, query.device), high[0], high[1], steps, scale,
+        HEADS=heads, TO_HEADS=padded, PADDED_HEADS=max(16, padded), DIM=dim,
+        PADDED=triton.next_power_of_2(max(dim, 16)), COLUMNS=_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return Turned(high[0], high[1], steps)
+
+
+@triton.jit
+def _turn(
+    query, matrix, highs, lows, steps, scale,
+    HEADS: tl.constexpr, TO_HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, PADDED_HEADS)
+    channel = tl.arange(0, PADDED)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    used = (head[:, None] < HEADS) & (channel[None, :] < DIM)
+    given = tl.load(query + (row * HEADS + head[:, None]) * DIM + channel[None, :], mask=used, other=0.0)
+    given = given.to(tl.float32)
+    # Rotated, no channel is larger than the query is long. Squares of a huge query would overflow.
+    peak = tl.max(tl.abs(given), 1)
+    peak = tl.where(peak > 0, peak, 1.0)
+    given = given / peak[:, None]
+    length = tl.sqrt(tl.sum(given * given, 1))
+    # A query that is not a number has a length that is none.
+    length = tl.where(length == 0, 1.0, length)
+    inside = (channel[:, None] < DIM) & (column[None, :] < DIM)
+    rotate = tl.load(matrix + channel[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+    exact = tl.dot(given / length[:, None], rotate, input_precision="tf32x3") * 127.0
+    high = tl.floor(exact + 0.5)
+    low = tl.floor((exact - high) * 254.0 + 0.5)
+    to = (row * TO_HEADS + head[:, None]) * DIM + column[None, :]
+    wanted = (column[None, :] < DIM) & (head[:, None] < TO_HEADS)
+    tl.store(highs + to, high.to(tl.int8), mask=wanted)
+    tl.store(lows + to, low.to(tl.int8), mask=wanted)
+    if tl.program_id(1) == 0:
+        tl.store(steps + row * TO_HEADS + head, peak * length * (scale / 127.0), mask=head < TO_HEADS)
