@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hga_compile.cli import options
 from hga_compile.cli.errors import guarded
 from hga_compile.cli.output import note, print_json, quiet_bars, quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Inner(StrEnum):
+    """Compilers that a profile can name."""
+
+    inductor = "inductor"
+    aot_eager = "aot_eager"
+    eager = "eager"
 
 
 @guarded
@@ -32,6 +44,12 @@ def demo(
     profile: options.ProfileName = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PNG", help="Draw which tokens were routed to.")
+    ] = None,
+    inner: Annotated[
+        Inner | None,
+        typer.Option(
+            help="Compiler of all but the attention.", show_default="eager on a CPU, else the profile's"
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: options.DTypeChoice = options.DType.auto,
@@ -59,7 +77,7 @@ def demo(
         quiet_libraries()
     settings = Settings(
         checkpoint=checkpoint, tokens=tokens, depth=depth, profile=chosen, device=place,
-        dtype=options.pick_dtype(dtype, place), picture=out,
+        dtype=options.pick_dtype(dtype, place), picture=out, inner=_inner(inner, place),
     )  # fmt: skip
     result = run_demo(settings, say=note)
     if as_json:
@@ -68,3 +86,10 @@ def demo(
     from hga_compile.demo.table import print_result
 
     print_result(result)
+
+
+def _inner(asked: Inner | None, device: torch.device) -> str | None:
+    """Return the compiler asked for; on a CPU, Inductor takes longer than the rest of the demo."""
+    if asked is not None:
+        return asked.value
+    return "eager" if device.type == "cpu" else None

@@ -49,7 +49,7 @@ def run_demo(settings: Settings, say: Say = lambda _: None) -> Result:
     say("dense: reading the text")
     dense = _side(Dense(model), tokenizer, parts, comparison.keep, Recording(None, 0))
 
-    engine = Routed(model, settings.profile)
+    engine = Routed(model, settings.profile, inner=settings.inner)
     say("hga: compiling")
     compiling = time.perf_counter()
     with status("compiling"):

@@ -28,6 +28,8 @@ class Settings:
     """Where the fact is planted: 0 before the text, 1 behind it."""
     picture: Path | None = None
     """PNG of the routes; None for none."""
+    inner: str | None = None
+    """Compiler of the rest of the graph, instead of the profile's."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Result:
             "device": str(self.settings.device),
             "dtype": str(self.settings.dtype).removeprefix("torch."),
             "profile": self.settings.profile.name,
+            "inner": self.settings.inner or self.settings.profile.compile.inner,
             "tokens": self.settings.tokens,
             "fact": FACT,
             "fact_at": self.document.fact.start,

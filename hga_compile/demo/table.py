@@ -34,7 +34,11 @@ def print_result(result: Result) -> None:
     out.print(f"planted    {FACT!r} at token {where:,}", markup=False)
     out.print(f"asked      {QUESTION!r}", markup=False)
     out.print(table)
-    out.print(f"compiled once in {result.compile_seconds:.0f} s; the whole demo took {result.seconds:.0f} s")
+    inner = settings.inner or settings.profile.compile.inner
+    out.print(
+        f"compiled once in {result.compile_seconds:.0f} s (--inner {inner}); "
+        f"the whole demo took {result.seconds:.0f} s"
+    )
     if settings.picture is not None:
         out.print(f"routes drawn to {settings.picture}", markup=False)
 
