@@ -1,4 +1,7 @@
-"""A decode step on a GPU: Triton kernels from the query to the result, with no wait for the GPU in between."""
+"""What runs in Triton on a GPU, with no wait for it in between: a decode step, and encoding keys.
+
+The modules of the kernels import Triton, which not every machine has: they are imported here, when used.
+"""
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -11,7 +14,7 @@ from hga_compile.configs.routing import Routing
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.scoring import PLAIN, Scoring
 
-__all__ = ["Spans", "decode_step", "spans_of", "usable"]
+__all__ = ["Spans", "decode_step", "encode", "load_rows", "spans_of", "store_rows", "usable"]
 
 _MOST_CHANNELS, _MOST_HEADS = 256, 64
 
@@ -30,13 +33,18 @@ class Spans:
     attended: int
     """Tokens attended to in one row of each line, summed over the lines."""
 
+    def listed(self, rows: int) -> Tensor:
+        """Return how long the list of each row is, ``[rows, 1]``."""
+        start, end, window, chosen, last, _ = self.table.unbind(1)
+        return (end - start + chosen + last - window).repeat_interleave(rows // len(self.table))[:, None]
 
-def usable(device: torch.device, dtype: torch.dtype, dim: int, v_dim: int, heads: int, group_size: int) -> bool:
+
+def usable(device: torch.device, dtype: torch.dtype, dim: int, heads: int = 1, group_size: int = 1) -> bool:
     """Say whether the kernels cover a layer: CUDA with Triton, common dtypes, groups of a power of two."""
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and max(dim, v_dim) <= _MOST_CHANNELS
+        and dim <= _MOST_CHANNELS
         and heads <= _MOST_HEADS
         and group_size & (group_size - 1) == 0
         and _has_triton()
@@ -70,7 +78,8 @@ def spans_of(routing: Routing, plan: QueryPlan, starts: Tensor | None, device: t
 # All layers of a model take the same step.
 @lru_cache(maxsize=64)
 def _plain_spans(routing: Routing, first: int, device: torch.device) -> Spans:
-    return _spans(routing, plan_queries(routing, first, 1, None), torch.zeros(1, 1, dtype=torch.int64), device)
+    none = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    return _spans(routing, plan_queries(routing, first, 1, None), none, device)
 
 
 def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.device) -> Spans:
@@ -84,9 +93,32 @@ def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.devi
     tokens = lists * size - (starts - plan.sink_start * size).clamp(min=0) - -(plan.first + 1) % size
     # Without a wait: the table is small, and its source is kept until the copy is done.
     source = table.pin_memory() if device.type == "cuda" else table
-    return Spans(
-        source.to(device, non_blocking=True), int(lists.max()), plan.last_window, int(tokens.sum())
-    )
+    return Spans(source.to(device, non_blocking=True), int(lists.max()), plan.last_window, int(tokens.sum()))
+
+
+def encode(
+    keys: Tensor, centre: Tensor, codes: Tensor, scales: Tensor, begin: int, bits: int, step: float
+) -> None:
+    """Encode keys (see `triton_encode.encode`)."""
+    from hga_compile.kernels import triton_encode
+
+    triton_encode.encode(keys, centre, codes, scales, begin, bits, step)
+
+
+def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int) -> None:
+    """Write a few K/V rows (see `triton_store.store_rows`)."""
+    from hga_compile.kernels import triton_store
+
+    triton_store.store_rows(pages, key, value, begin, group_size)
+
+
+def load_rows(
+    pages: Tensor, begin: int, end: int, dim: int, group_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Read a few K/V rows (see `triton_store.load_rows`)."""
+    from hga_compile.kernels import triton_store
+
+    return triton_store.load_rows(pages, begin, end, dim, group_size, device)
 
 
 def decode_step(
@@ -149,8 +181,9 @@ def decode_step(
     )  # fmt: skip
     votes = votes_of(masses, table, heads, routing.vote == "mass_max", shared)
     chosen = select_groups(votes, table, spans.width, shared)
+    logits = None if scoring.sinks is None else scoring.sinks.float()
     out = attend_listed(
-        pages, chosen, table, query, None if scoring.sinks is None else scoring.sinks.float(), length=length,
-        group_size=routing.group_size, scale=scale, softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads,
+        pages, chosen, table, query, logits, length=length, group_size=routing.group_size, scale=scale,
+        softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads,
     )  # fmt: skip
     return out, chosen

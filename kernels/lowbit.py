@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
+from hga_compile.kernels.gpu import encode, usable
 from hga_compile.kernels.native import STEP_TOKENS, routed_steps, scan_scores
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
@@ -105,18 +106,29 @@ class LowBitSummary:
         self.groups = 0
         rows, self.dim = centre.shape
         packed = -(-self.dim * self.bits // 8)
-        self.codes = torch.empty(rows, packed, 0, dtype=torch.uint8, device=centre.device)
+        # A GPU multiplies a token's codes as they lie; a CPU scans many tokens at a time.
+        self._bytes_last = centre.is_cuda
+        shape = (rows, 0, packed) if self._bytes_last else (rows, packed, 0)
+        self._codes = torch.empty(shape, dtype=torch.uint8, device=centre.device)
         self.scales = torch.empty(rows, 0, dtype=torch.float16, device=centre.device)
+
+    @property
+    def codes(self) -> Tensor:
+        """``[rows, bytes, tokens]``: those of all groups, and slack."""
+        return self._codes.transpose(1, 2) if self._bytes_last else self._codes
 
     def append(self, keys: Tensor) -> None:
         """Encode the keys of complete groups; ``[rows, tokens, dim]``."""
         used, new = self.groups * self.group_size, keys.shape[1]
-        rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
-        codes, scales = encode_keys(rotated, self.bits)
-        self.codes = grown(self.codes, used, used + new, 2)
+        self._codes = grown(self._codes, used, used + new, 1 if self._bytes_last else 2)
         self.scales = grown(self.scales, used, used + new, 1)
-        self.codes[:, :, used : used + new] = codes
-        self.scales[:, used : used + new] = scales
+        if usable(keys.device, keys.dtype, self.dim):
+            encode(keys, self.centre, self.codes, self.scales, used, self.bits, _STEP[self.bits])
+        else:
+            rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
+            codes, scales = encode_keys(rotated, self.bits)
+            self.codes[:, :, used : used + new] = codes
+            self.scales[:, used : used + new] = scales
         self.groups += new // self.group_size
 
     def truncate(self, groups: int) -> None:
@@ -180,7 +192,7 @@ class LowBitSummary:
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows`."""
         rows = rows.to(self.codes.device)
-        self.codes, self.scales = self.codes[rows], self.scales[rows]
+        self._codes, self.scales = self._codes[rows], self.scales[rows]
         self.centre = self.centre[rows]
 
     def bytes_per_token(self) -> float:

@@ -137,7 +137,7 @@ def routed_steps(
     vote: str,
     scale: float,
 ) -> Tensor | None:
-    """Route queries by low-bit keys and attend, each on its own: `scan_scores`, votes and `attend_pages` in one.
+    """Route queries by low-bit keys and attend, each on its own: `scan_scores`, votes, `attend_pages`.
 
     Parameters
     ----------
@@ -171,9 +171,9 @@ def routed_steps(
     # A single query is done before other threads have started.
     threads = torch.get_num_threads() if queries > 1 else 1
     broken = library.hga_steps(
-        pages.data_ptr(), codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(), scales.stride(0),
-        turned.data_ptr(), query.data_ptr(), out.data_ptr(), spans.data_ptr(), rows, queries, heads, dim, v_dim,
-        group_size, bits, vote == "mass_max", scale, threads,
+        pages.data_ptr(), codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(),
+        scales.stride(0), turned.data_ptr(), query.data_ptr(), out.data_ptr(), spans.data_ptr(), rows,
+        queries, heads, dim, v_dim, group_size, bits, vote == "mass_max", scale, threads,
     )  # fmt: skip
     return None if broken else out
 

@@ -277,7 +277,7 @@ def attention(
 class _Whole:
     """K/V that lie in two tensors, as `routed.KeyValues`."""
 
-    host_pages = None
+    host_pages = gpu_pages = None
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)

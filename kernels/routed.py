@@ -1,14 +1,17 @@
 """Routed attention over one layer's K/V: plan, route, attend, in plain torch, for prefill and decode."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.attend import attend_full, attend_gathered, attend_masked, routed_mask
+from hga_compile.kernels.gpu import decode_step, spans_of, usable
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
 from hga_compile.kernels.lowbit import LowBitSummary
@@ -49,6 +52,10 @@ class KeyValues(Protocol):
     def host_pages(self) -> Tensor | None:
         """Pages ``[groups, rows, page]`` that kernels for the CPU can read in place; None without."""
 
+    @property
+    def gpu_pages(self) -> Tensor | None:
+        """Pages ``[groups, rows, page]`` that kernels for the GPU can read in place; None without."""
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -67,6 +74,18 @@ class Padding:
         """Classify a key mask; None when every token is real. Reads the mask: a wait on a GPU."""
         if key_mask is None:
             return None
+        if key_mask.is_inference():  # has no version
+            return Padding._of(key_mask, length)
+        # All layers of a model ask for the same one: it is read once.
+        global _last_padding
+        mask, version, tokens, found = _last_padding
+        if mask() is not key_mask or (version, tokens) != (key_mask._version, length):
+            found = Padding._of(key_mask, length)
+            _last_padding = (ref(key_mask), key_mask._version, length, found)
+        return found
+
+    @staticmethod
+    def _of(key_mask: Tensor, length: int) -> "Padding | None":
         if key_mask.shape[1] < length:
             raise ValueError(
                 f"key_mask must cover every key, got {key_mask.shape[1]} columns and {length} tokens "
@@ -83,12 +102,14 @@ class Padding:
         return self.mask.repeat_interleave(rows // self.mask.shape[0], 0)
 
 
+_last_padding: tuple[Callable[[], Tensor | None], int, int, Padding | None] = (lambda: None, 0, 0, None)
+
+
 @dataclass(frozen=True)
 class _Call:
     """What stays the same through one call of `routed_attention`."""
 
     query: Tensor  # [batch, kv_heads, heads, queries, dim]
-    scaled: Tensor  # [rows, heads, queries, dim] float32, times the softmax scale
     kv: KeyValues
     index: LayerIndex
     length: int
@@ -102,6 +123,11 @@ class _Call:
     @property
     def first(self) -> int:
         return self.length - self.query.shape[3]
+
+    @cached_property
+    def scaled(self) -> Tensor:
+        """The query times the softmax scale, ``[rows, heads, queries, dim]`` float32."""
+        return (self.query.float() * self.scale).flatten(0, 1)
 
 
 def routed_attention(
@@ -165,20 +191,19 @@ def routed_attention(
             raise ValueError(
                 f"key_mask must have a row a sequence, got {key_mask.shape[0]} rows, expected {batch}"
             )
-        key_mask = key_mask[:batch]
+        key_mask = key_mask[:batch] if key_mask.shape[0] > batch else key_mask
     if not scoring.plain and routing.tail == "estimate":
         raise ValueError(
             "a tail estimate does not cover soft-cap or attention sinks, got tail estimate, expected drop "
             "(routing.tail)"
         )
     grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, queries, dim)
-    scaled = (query.float() * scale).reshape(kv.rows, -1, queries, dim)
     padding = Padding.of(key_mask, length)
     use = LEDGER.use(layer, "decode" if queries == 1 else "prefill")
-    call = _Call(grouped, scaled, kv, index, length, padding, scale, routing, layer, use, scoring)
+    call = _Call(grouped, kv, index, length, padding, scale, routing, layer, use, scoring)
     use.row_bytes = kv.row_bytes
     if routing.tail == "estimate":
-        index.note_queries(scaled, call.first, None if padding is None else padding.rows(kv.rows))
+        index.note_queries(call.scaled, call.first, None if padding is None else padding.rows(kv.rows))
     all_dense = (
         length <= max(routing.dense_below, routing.centre_tokens)
         or routing.budget.tokens_for(length) >= length
@@ -228,7 +253,7 @@ def _decode(call: _Call) -> Tensor:
     plan = _plan(call, call.first, 1)
     _count_visible(call, plan)
     known = min(plan.last_window, _groups(call))
-    out = _steps(call, plan)
+    out = _gpu_step(call, plan) if call.query.is_cuda else _steps(call, plan)
     if out is not None:
         return out
     chosen = _choose(call, plan, call.scaled, known, _scorer(call, known))
@@ -287,9 +312,40 @@ def _native_pages(call: _Call) -> Tensor | None:
     return call.kv.host_pages if plain and call.query.dtype == torch.float32 else None
 
 
+def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
+    """Route and attend in Triton kernels on a GPU; None where that is not possible."""
+    routing, summary, pages, padding = call.routing, call.index.groups, call.kv.gpu_pages, call.padding
+    _, kv_heads, heads, _, dim = call.query.shape
+    if pages is None or not isinstance(summary, LowBitSummary) or call.index.tail is not None:
+        return None
+    channels = max(dim, pages.shape[2] // routing.group_size - dim)
+    if not usable(call.query.device, pages.dtype, channels, heads, routing.group_size):
+        return None
+    if routing.uses_chunks(call.length) or not 0 < plan.last_window <= summary.groups:
+        return None
+    if padding is not None and not routing.sinks:
+        return None  # the tokens of a group that begins with padding could not be counted without a wait
+    starts = None if padding is None else padding.host.to(torch.int8).argmax(1, keepdim=True)
+    spans = spans_of(routing, plan, starts, call.query.device)
+    query = call.query.flatten(0, 1)[:, :, 0].to(pages.dtype)
+    out, groups = decode_step(
+        pages, summary.codes, summary.scales, query, spans, length=call.length, routing=routing,
+        scale=call.scale, scoring=call.scoring, kv_heads=kv_heads,
+    )  # fmt: skip
+    _count_scored(call, plan.last_window)
+    call.use.add_attended(spans.attended * (call.kv.rows // len(plan.visible)))
+    if LEDGER.wants(call.layer):
+        listed = torch.arange(groups.shape[1], device=groups.device) < spans.listed(len(groups))
+        shape = (len(groups), -(-call.length // routing.group_size))
+        marks = torch.zeros(shape, dtype=torch.int32, device=groups.device)
+        marks.scatter_add_(1, groups.long().masked_fill(~listed, 0), listed.int())
+        _record(call, call.first, marks[:, None] > 0)
+    return out.to(call.query.dtype)
+
+
 def _steps(call: _Call, plan: QueryPlan) -> Tensor | None:
     """Route and attend query by query, in one call on a CPU; None where that is not possible."""
-    size, pages, summary = call.routing.group_size, _native_pages(call), call.index.groups
+    pages, summary = _native_pages(call), call.index.groups
     if pages is None or call.padding is not None or not isinstance(summary, LowBitSummary):
         return None
     if call.routing.uses_chunks(call.length) or not 0 < plan.last_window <= summary.groups:
@@ -311,7 +367,7 @@ def _spans(routing: Routing, first: int, queries: int) -> tuple[Tensor, int, int
     between = plan.window - plan.sink_end
     chosen = torch.where(plan.dense, between, torch.minimum(plan.chosen, between))
     parts = (plan.sink_start, plan.sink_end, plan.window, chosen, plan.visible)
-    scored = plan.window * ((0 < chosen) & (chosen < between))
+    scored = plan.window * ((chosen > 0) & (chosen < between))
     attended = (plan.sink_end - plan.sink_start + chosen - plan.window) * size + plan.visible
     return torch.stack([part[0] for part in parts], 1), int(scored.sum()), int(attended.sum())
 

@@ -1,4 +1,4 @@
-"""Triton: exact attention of one query a head to the groups on a list (reference: `attend.attend_gathered`)."""
+"""Triton: exact attention of one query to the groups on a list (reference: `attend.attend_gathered`)."""
 
 import torch
 import triton
@@ -66,8 +66,8 @@ def attend_listed(
     stats = torch.empty(2, rows, heads, splits, **kind)
     exact = query.dtype == torch.float32
     _attend[(splits, rows)](
-        pages, chosen, spans, query, partial, stats[0], stats[1], chosen.shape[1], length, scale, softcap, rows,
-        splits, shares, rows_of_span,
+        pages, chosen, spans, query, partial, stats[0], stats[1], chosen.shape[1], length, scale, softcap,
+        rows, splits, shares, rows_of_span,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
         GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, num_warps=4,
@@ -84,9 +84,9 @@ def attend_listed(
 def _attend(
     pages, chosen, spans, query, partial, peaks, totals, width, length, scale, softcap, rows, splits, shares,
     rows_of_span,
-    SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
-    PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
-    SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
+    SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
+    V_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     PAGE: tl.constexpr = GROUP * (DIM + V_DIM)
     split = tl.program_id(0)
@@ -136,7 +136,8 @@ def _attend(
     to = (row * HEADS + head) * splits + split
     tl.store(peaks + to, peak, mask=head < HEADS)
     tl.store(totals + to, total, mask=head < HEADS)
-    tl.store(partial + to[:, None] * V_DIM + v_channel[None, :], result, mask=used & (v_channel[None, :] < V_DIM))
+    wanted = used & (v_channel[None, :] < V_DIM)
+    tl.store(partial + to[:, None] * V_DIM + v_channel[None, :], result, mask=wanted)
 
 
 @triton.jit(do_not_specialize=["splits", "query_heads"])

@@ -31,7 +31,7 @@ class Masses:
         self.mass = torch.empty(rows, groups, heads, dtype=torch.float32, device=device)
         """``[rows, groups, heads]``; infinite for a group with a score that is not a number, or infinite."""
         self.sums = torch.empty(rows, 2, self.blocks, heads, dtype=torch.float32, device=device)
-        """``[rows, 2, blocks, heads]``: the greatest score of a block (-inf: none), and the sum of its masses."""
+        """``[rows, 2, blocks, heads]``: greatest score of a block (-inf: none), and sum of its masses."""
 
 
 def group_masses(

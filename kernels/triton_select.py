@@ -1,5 +1,7 @@
 """Triton: votes of the query heads, and the groups with the most of them (reference: `route`)."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -9,12 +11,25 @@ from hga_compile.kernels.triton_score import Masses
 
 __all__ = ["select_groups", "votes_of"]
 
-# Groups whose votes one program holds in registers.
-_HELD = 2**15
-_PART = 2048
+# Entries that one program holds in registers: most often the few are enough.
+_FEW, _MORE = 2**11, 2**14
+# Groups that one program looks through.
+_PART = 1024
 
 
-def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span: int) -> Tensor:
+@dataclass(frozen=True)
+class Votes:
+    """Votes of all groups."""
+
+    votes: Tensor
+    """``[rows, groups]`` float32; infinite for broken groups, -1 for those that are not to choose from."""
+    tops: Tensor
+    """``[rows, runs]`` float32: the most votes in each run of groups."""
+    run: int
+    """Groups of a run."""
+
+
+def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span: int) -> Votes:
     """Merge the softmax masses of a KV head's query heads into one vote a group (see `route.merge_votes`).
 
     Parameters
@@ -29,31 +44,28 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
         Whether the vote is the greatest mass rather than the sum.
     rows_of_span : int
         Rows that a line of `spans` is for.
-
-    Returns
-    -------
-    Tensor
-        ``[rows, groups]`` float32; infinite for broken groups, -1 for those that are not to choose from.
     """
     rows, groups, padded = masses.mass.shape
-    votes = torch.empty(rows, groups, dtype=torch.float32, device=masses.mass.device)
     together = max(1, min(512, 4096 // padded) // masses.block)
+    run = min(max(8, triton.next_power_of_2(triton.cdiv(groups, 8192))), together * masses.block)
+    kind = {"dtype": torch.float32, "device": masses.mass.device}
+    votes, tops = torch.empty(rows, groups, **kind), torch.empty(rows, triton.cdiv(groups, run), **kind)
     _vote[(triton.cdiv(masses.blocks, together), rows)](
-        masses.mass, masses.sums, spans, votes, groups, masses.blocks, rows_of_span,
-        SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together,
+        masses.mass, masses.sums, spans, votes, tops, groups, tops.shape[1], masses.blocks, rows_of_span,
+        SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together, RUN=run,
         STEP=max(16, min(2048 // padded, triton.next_power_of_2(masses.blocks))), MOST=most, num_warps=4,
     )  # fmt: skip
-    return votes
+    return Votes(votes, tops, run)
 
 
-def select_groups(votes: Tensor, spans: Tensor, width: int, rows_of_span: int) -> Tensor:
+def select_groups(votes: Votes, spans: Tensor, width: int, rows_of_span: int) -> Tensor:
     """List the groups of sinks, those with the most votes, and the window, ascending.
 
     Of groups with equal votes the first ones are taken.
 
     Parameters
     ----------
-    votes : Tensor
+    votes : Votes
         From `votes_of`.
     spans : Tensor
         ``[batch or 1, SPAN]`` int32 (see `gpu.Spans`).
@@ -67,43 +79,34 @@ def select_groups(votes: Tensor, spans: Tensor, width: int, rows_of_span: int) -
     Tensor
         ``[rows, width]`` int32; entries past a row's own list are not written.
     """
-    rows, groups = votes.shape
-    chosen = torch.empty(rows, width, dtype=torch.int32, device=votes.device)
-    fixed = (spans, chosen, width, rows_of_span)
-    if groups <= _HELD:
-        _select_held[(rows,)](votes, votes, votes, groups, *fixed, SPAN=spans.shape[1], **_held(groups), LISTED=False)
-        return chosen
-    # What is less than as many runs have at least is not among the best: few groups are left to look at.
-    run = max(8, triton.next_power_of_2(triton.cdiv(groups, 8192)))
-    runs, parts = triton.cdiv(groups, run), triton.cdiv(groups, _PART)
-    kind = {"dtype": torch.int32, "device": votes.device}
-    tops, least = torch.empty(rows, runs, dtype=torch.float32, device=votes.device), torch.empty(rows, **kind)
-    _run_tops[(triton.cdiv(runs, 256), rows)](votes, tops, groups, runs, RUN=run, STEP=256, num_warps=8)
-    _least_top[(rows,)](tops, spans, least, runs, rows_of_span, SPAN=spans.shape[1], **_held(runs))
-    counts = torch.empty(rows, parts, **kind)
-    _count[(parts, rows)](votes, least, counts, groups, parts, PART=_PART, num_warps=4)
-    left = torch.empty(2, rows, groups, **kind)
-    _keep[(parts, rows)](
-        votes, least, counts, left[0], left[1], groups, parts, PART=_PART,
-        PARTS=triton.next_power_of_2(parts), num_warps=4,
+    (rows, groups), runs = votes.votes.shape, votes.tops.shape[1]
+    parts = triton.cdiv(groups, _PART)
+    kind = {"dtype": torch.int32, "device": votes.votes.device}
+    # As many runs as there are groups to choose have a top: what is less than their least is not chosen.
+    least, counts = torch.empty(rows, **kind), torch.empty(rows, parts, **kind)
+    held = triton.next_power_of_2(max(runs, 128))
+    _least_top[(rows,)](
+        votes.tops, spans, least, runs, rows_of_span, SPAN=spans.shape[1], HELD=held,
+        num_warps=4 if held <= 4096 else 8,
     )  # fmt: skip
-    _select_held[(rows,)](
-        left[0], left[1], counts, groups, *fixed, SPAN=spans.shape[1], HELD=_HELD, num_warps=16, LISTED=True,
-        PARTS=triton.next_power_of_2(parts), COUNTS=parts,
+    _count[(parts, rows)](votes.votes, least, counts, groups, parts, PART=_PART, num_warps=4)
+    left, shape = torch.empty(2, rows, groups, **kind), {"PARTS": triton.next_power_of_2(parts)}
+    _keep[(parts, rows)](
+        votes.votes, least, counts, left[0], left[1], groups, parts, PART=_PART, **shape, num_warps=4
+    )
+    chosen = torch.empty(rows, width, **kind)
+    _select[(rows,)](
+        left[0], left[1], counts, groups, spans, chosen, width, rows_of_span,
+        SPAN=spans.shape[1], COUNTS=parts, **shape, FEW=_FEW, MORE=_MORE, num_warps=8,
     )  # fmt: skip
     return chosen
 
 
-def _held(entries: int) -> dict[str, int]:
-    held = triton.next_power_of_2(max(entries, 128))
-    return {"HELD": held, "num_warps": 4 if held <= 4096 else 8 if held <= 16384 else 16}
-
-
-@triton.jit(do_not_specialize=["groups", "blocks", "rows_of_span"])
+@triton.jit(do_not_specialize=["groups", "runs", "blocks", "rows_of_span"])
 def _vote(
-    mass, sums, spans, votes, groups, blocks, rows_of_span,
+    mass, sums, spans, votes, tops, groups, runs, blocks, rows_of_span,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
+    TOGETHER: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
@@ -113,7 +116,8 @@ def _vote(
     block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
     group = tl.program_id(0) * TOGETHER * BLOCK + tl.arange(0, TOGETHER * BLOCK)
     wanted = used & (group[:, None] < groups)
-    given = tl.load(mass + (row * groups + group[:, None]) * PADDED_HEADS + head[None, :], mask=wanted, other=0.0)
+    of_group = mass + (row * groups + group[:, None]) * PADDED_HEADS
+    given = tl.load(of_group + head[None, :], mask=wanted, other=0.0)
     of_row = sums + row * 2 * blocks * PADDED_HEADS
     own = tl.load(
         of_row + block[:, None] * PADDED_HEADS + head[None, :], mask=used & (block[:, None] < blocks),
@@ -143,64 +147,42 @@ def _vote(
     vote = tl.max(part, 1) if MOST else tl.sum(part, 1)
     vote = tl.where(broken, float("inf"), vote)
     vote = tl.where((group >= first) & (group < end), vote, -1.0)
+    vote = tl.where(group < groups, vote, -1.0)
     tl.store(votes + row * groups + group, vote, mask=group < groups)
+    RUNS: tl.constexpr = TOGETHER * BLOCK // RUN
+    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    tl.store(tops + row * runs + run, tl.max(tl.reshape(vote, [RUNS, RUN]), 1), mask=run < runs)
 
 
 @triton.jit
-def _least_of(key, count):
-    """Return the `count`-th largest key; keys that are negative do not count."""
+def _least_of(key, count, BITS: tl.constexpr):
+    """Return the `count`-th largest key, or a bound below it by all but its first bits."""
     least = 0
-    # Two bits at a time: the counts above three candidates fit into one number.
-    for place in tl.static_range(15):
-        step = 1 << (29 - 2 * place)
-        one = (key >= least + step).to(tl.int64)
-        two = (key >= least + 2 * step).to(tl.int64)
-        three = (key >= least + 3 * step).to(tl.int64)
-        found = tl.sum(one | (two << 21) | (three << 42), 0)
-        enough_one = ((found & 0x1FFFFF) >= count).to(tl.int32)
-        enough_two = (((found >> 21) & 0x1FFFFF) >= count).to(tl.int32)
-        enough_three = ((found >> 42) >= count).to(tl.int32)
-        least += step * (enough_one + enough_two + enough_three)
-    return tl.where(tl.sum((key >= least + 1).to(tl.int32), 0) >= count, least + 1, least)
+    for place in tl.static_range(BITS):
+        candidate = least | (1 << (30 - place))
+        least = tl.where(tl.sum((key >= candidate).to(tl.int32), 0) >= count, candidate, least)
+    return least
 
 
 @triton.jit(do_not_specialize=["groups", "width", "rows_of_span"])
-def _select_held(
-    votes, numbers, counts, groups, spans, chosen, width, rows_of_span,
-    SPAN: tl.constexpr, HELD: tl.constexpr, LISTED: tl.constexpr, PARTS: tl.constexpr = 1, COUNTS: tl.constexpr = 1,
+def _select(
+    keys, numbers, counts, groups, spans, chosen, width, rows_of_span,
+    SPAN: tl.constexpr, PARTS: tl.constexpr, COUNTS: tl.constexpr, FEW: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
-    """Choose among all groups, or among those listed: votes as their bits, and numbers."""
     row = tl.program_id(0).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
     sink_start, sink_end, window = tl.load(span), tl.load(span + 1), tl.load(span + 2)
     count, last = tl.load(span + 3), tl.load(span + 4)
-    place = tl.arange(0, HELD)
+    part = tl.arange(0, PARTS)
+    listed = tl.sum(tl.load(counts + row * COUNTS + part, mask=part < COUNTS, other=0), 0)
     to = chosen + row * width
-    if LISTED:
-        part = tl.arange(0, PARTS)
-        listed = tl.sum(tl.load(counts + row * COUNTS + part, mask=part < COUNTS, other=0), 0)
-        key = tl.load(votes + row * groups + place, mask=place < listed, other=-1)
+    own, own_numbers, chosen_to = keys + row * groups, numbers + row * groups, to + sink_end - sink_start
+    if listed <= FEW:
+        _select_held(own, own_numbers, chosen_to, listed, count, FEW)
+    elif listed <= MORE:
+        _select_held(own, own_numbers, chosen_to, listed, count, MORE)
     else:
-        listed = groups
-        vote = tl.load(votes + row * groups + place, mask=place < groups, other=-1.0)
-        # Votes are not negative, and their bits are ordered as they are; others have the sign bit.
-        key = vote.to(tl.int32, bitcast=True)
-    if listed <= HELD:
-        least = _least_of(key, count)
-        above = tl.sum((key > least).to(tl.int32), 0)
-        equal = (key == least).to(tl.int64)
-        # Both running counts in one scan.
-        running = tl.cumsum((key > least).to(tl.int64) | (equal << 32), 0)
-        before = (running >> 32).to(tl.int32)
-        taken = (count > 0) & ((key > least) | ((equal > 0) & (before <= count - above)))
-        at = (running & 0xFFFFFFFF).to(tl.int32) + tl.minimum(before, count - above) - 1
-        if LISTED:
-            number = tl.load(numbers + row * groups + place, mask=taken, other=0)
-        else:
-            number = place
-        tl.store(to + sink_end - sink_start + at, number, mask=taken)
-    else:
-        _select_many(votes + row * groups, numbers + row * groups, to + sink_end - sink_start, listed, count, HELD)
+        _select_many(own, own_numbers, chosen_to, listed, count, MORE)
     step = tl.arange(0, 256)
     sinks = sink_end - sink_start
     begin = 0
@@ -211,6 +193,19 @@ def _select_held(
     while begin < last - window:
         tl.store(to + sinks + count + begin + step, window + begin + step, mask=begin + step < last - window)
         begin += 256
+
+
+@triton.jit
+def _select_held(keys, numbers, to, listed, count, HELD: tl.constexpr):
+    """Choose among as many entries as registers hold."""
+    place = tl.arange(0, HELD)
+    key = tl.load(keys + place, mask=place < listed, other=-1)
+    number = tl.load(numbers + place, mask=place < listed, other=0)
+    least = _least_of(key, count, 31)
+    equal = (key == least).to(tl.int32)
+    left = count - tl.sum((key > least).to(tl.int32), 0)
+    taken = (count > 0) & ((key > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= left)))
+    tl.store(to + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken)
 
 
 @triton.jit
@@ -249,23 +244,14 @@ def _select_many(keys, numbers, to, listed, count, STEP: tl.constexpr):
         begin += STEP
 
 
-@triton.jit(do_not_specialize=["groups", "runs"])
-def _run_tops(votes, tops, groups, runs, RUN: tl.constexpr, STEP: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    run = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    group = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
-    tl.store(tops + row * runs + run, tl.max(vote, 1), mask=run < runs)
-
-
 @triton.jit(do_not_specialize=["runs", "rows_of_span"])
 def _least_top(tops, spans, least, runs, rows_of_span, SPAN: tl.constexpr, HELD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(spans + row // rows_of_span * SPAN + 3)
     place = tl.arange(0, HELD)
     top = tl.load(tops + row * runs + place, mask=place < runs, other=-1.0)
-    # With more to choose than runs, nothing can be left out by them.
-    tl.store(least + row, _least_of(top.to(tl.int32, bitcast=True), count))
+    # Votes are not negative, and their bits are ordered as they are; others have the sign bit.
+    tl.store(least + row, _least_of(top.to(tl.int32, bitcast=True), count, 16))
 
 
 @triton.jit(do_not_specialize=["groups", "parts"])

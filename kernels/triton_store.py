@@ -1,10 +1,11 @@
-"""Triton: new K/V rows to their pages, in GPU memory or in pinned host memory, without a wait."""
+"""Triton: K/V rows to and from their pages, in GPU memory or in pinned host memory, without a wait."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["store_rows"]
+__all__ = ["load_rows", "store_rows"]
 
 
 def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int) -> None:
@@ -19,25 +20,66 @@ def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size
     begin, group_size : int
         Token of the first row; tokens of a group.
     """
+    _move(pages, key, value, begin, group_size, True)
+
+
+def load_rows(
+    pages: Tensor, begin: int, end: int, dim: int, group_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Read the K/V rows of the tokens ``begin <= token < end``.
+
+    Parameters
+    ----------
+    pages : Tensor
+        As `store_rows` takes them.
+    begin, end : int
+        Tokens.
+    dim, group_size : int
+        Channels of a key; tokens of a group.
+    device : torch.device
+        The GPU.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``[rows, end - begin, dim]`` and ``[rows, end - begin, v_dim]``.
+    """
+    rows, v_dim = pages.shape[1], pages.shape[2] // group_size - dim
+    key = torch.empty(rows, end - begin, dim, dtype=pages.dtype, device=device)
+    value = torch.empty(rows, end - begin, v_dim, dtype=pages.dtype, device=device)
+    _move(pages, key, value, begin, group_size, False)
+    return key, value
+
+
+def _move(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int, store: bool) -> None:
     rows, new, dim = key.shape
     v_dim = value.shape[2]
-    _store[(new, rows)](
+    _copy[(new, rows)](
         pages, key, *key.stride(), value, *value.stride(), begin, rows,
-        DIM=dim, V_DIM=v_dim, GROUP=group_size, PADDED=triton.next_power_of_2(max(dim, v_dim)), num_warps=1,
+        DIM=dim, V_DIM=v_dim, GROUP=group_size, PADDED=triton.next_power_of_2(max(dim, v_dim)), STORE=store,
+        num_warps=1,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["begin", "rows"])
-def _store(
+def _copy(
     pages, key, key_row, key_token, key_channel, value, value_row, value_token, value_channel, begin, rows,
-    DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     number = tl.program_id(0).to(tl.int64)
     token = begin + number
     page = pages + (token // GROUP * rows + row) * (GROUP * (DIM + V_DIM))
     channel = tl.arange(0, PADDED)
-    given = tl.load(key + row * key_row + number * key_token + channel * key_channel, mask=channel < DIM)
-    tl.store(page + token % GROUP * DIM + channel, given, mask=channel < DIM)
-    given = tl.load(value + row * value_row + number * value_token + channel * value_channel, mask=channel < V_DIM)
-    tl.store(page + GROUP * DIM + token % GROUP * V_DIM + channel, given, mask=channel < V_DIM)
+    key_at = key + row * key_row + number * key_token + channel * key_channel
+    of_page = token % GROUP * DIM + channel
+    if STORE:
+        tl.store(page + of_page, tl.load(key_at, mask=channel < DIM), mask=channel < DIM)
+    else:
+        tl.store(key_at, tl.load(page + of_page, mask=channel < DIM), mask=channel < DIM)
+    value_at = value + row * value_row + number * value_token + channel * value_channel
+    of_page = GROUP * DIM + token % GROUP * V_DIM + channel
+    if STORE:
+        tl.store(page + of_page, tl.load(value_at, mask=channel < V_DIM), mask=channel < V_DIM)
+    else:
+        tl.store(value_at, tl.load(page + of_page, mask=channel < V_DIM), mask=channel < V_DIM)

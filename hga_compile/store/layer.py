@@ -284,6 +284,10 @@ class _Joined:
         return self.pages.host_pages
 
     @property
+    def gpu_pages(self) -> Tensor | None:
+        return self.pages.gpu_pages
+
+    @property
     def row_bytes(self) -> int:
         return (self.pages.dim + self.pages.v_dim) * self.pages.buffer.element_size()
 

@@ -1,11 +1,17 @@
 """Token K/V of one layer in pages: one page holds a group of tokens of all rows, K and V together."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from hga_compile.kernels.gpu import load_rows, store_rows, usable
+
 __all__ = ["Pages"]
+
+# Tokens that a kernel moves without a wait; the copy engine is faster for more.
+_FEW = 64
 
 
 class Pages:
@@ -41,6 +47,14 @@ class Pages:
         self.rows, self.dim, self.v_dim, self.group_size = rows, dim, v_dim, group_size
         self.dtype, self.compute, self.home = dtype, compute, home
         self.buffer = self._allocate(0)
+        self._triton = usable(compute, dtype, max(dim, v_dim))
+        self._in_flight = False
+        """Whether kernels may still be at work on pages in host memory."""
+
+    def __del__(self) -> None:
+        # Freed pages are given to whoever asks next: no kernel may be reading them then.
+        with suppress(Exception):
+            self._settle()
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens; what is stored stays."""
@@ -49,12 +63,17 @@ class Pages:
             return
         # A quarter of slack: appending n tokens one by one copies less than 5 n of them.
         larger = self._allocate(max(needed, have + have // 4 + 64))
+        self._settle()
         larger[:have] = self.buffer
         self.buffer = larger
 
     def write(self, key: Tensor, value: Tensor, begin: int) -> None:
         """Store ``[rows, n, dim]`` keys and values as tokens ``begin, begin + 1, ...``."""
         self.reserve(begin + key.shape[1])
+        if self._triton and key.shape[1] <= _FEW:
+            store_rows(self.buffer, key, value, begin, self.group_size)
+            self._in_flight = self.home.type == "cpu"
+            return
         for groups, inside, tokens in self._runs(begin, begin + key.shape[1]):
             for view, rows in zip(self._views(groups), (key, value), strict=True):
                 # [rows, n, dim] -> [groups, rows, tokens of a group, dim]
@@ -63,6 +82,10 @@ class Pages:
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device."""
+        if self._triton and end - begin <= _FEW:
+            self._in_flight = self.home.type == "cpu"
+            return load_rows(self.buffer, begin, end, self.dim, self.group_size, self.compute)
+        self._settle()
         key = torch.empty(self.rows, end - begin, self.dim, dtype=self.dtype, device=self.compute)
         value = torch.empty(self.rows, end - begin, self.v_dim, dtype=self.dtype, device=self.compute)
         for groups, inside, tokens in self._runs(begin, end):
@@ -75,6 +98,7 @@ class Pages:
         """Return keys ``[rows, n * group_size, dim]`` and values of the ``[rows, n]`` groups."""
         if group_size != self.group_size:
             raise ValueError(f"pages hold groups of {self.group_size} tokens, got a request for {group_size}")
+        self._settle()
         rows = torch.arange(self.rows, device=self.home)[:, None]
         flat = (groups.to(self.home) * self.rows + rows).flatten()
         pages = self.buffer.flatten(0, 1)
@@ -95,8 +119,17 @@ class Pages:
         plain = self.dtype == torch.float32 and self.compute.type == "cpu"
         return self.buffer if plain else None
 
+    @property
+    def gpu_pages(self) -> Tensor | None:
+        """The buffer, if kernels for the GPU can read it: in its memory, or pinned for it."""
+        if self.compute.type != "cuda":
+            return None
+        self._in_flight = self.home.type == "cpu"
+        return self.buffer
+
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows` (int64 indices)."""
+        self._settle()
         self.buffer = self._pinned(self.buffer.index_select(1, rows.to(self.home)))
         self.rows = len(rows)
 
@@ -109,9 +142,16 @@ class Pages:
 
     def clone(self) -> "Pages":
         """Return an independent copy."""
+        self._settle()
         pages = Pages(self.rows, self.dim, self.v_dim, self.group_size, self.dtype, self.compute, self.home)
         pages.buffer = self._pinned(self.buffer.clone())
         return pages
+
+    def _settle(self) -> None:
+        """Wait for the GPU before the CPU reads or gives up host memory that kernels use."""
+        if self._in_flight:
+            torch.cuda.synchronize(self.compute)
+            self._in_flight = False
 
     def nbytes(self) -> int:
         """Return the bytes allocated."""

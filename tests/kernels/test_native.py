@@ -109,7 +109,9 @@ def test_a_step_attends_to_the_groups_with_the_most_votes(
     last, next_one = ranked[:, best.shape[1]], ranked[:, best.shape[1] + 1]
     # Which one of groups with equal votes is taken does not matter here.
     if best.shape[1] == 0 or bool((last > 1.0001 * next_one + 1e-30).all()):
-        torch.testing.assert_close(got[:, 0].double(), weights @ value.double()[own, token], atol=5e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            got[:, 0].double(), weights @ value.double()[own, token], atol=5e-6, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("threads", [1, 3])
