@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = {
         "benchmark": "compile_time",
         "environment": environment("cpu"),
+        "model": {"name": f"random weights, the shape of SmolLM2-135M, {options.layers} layers"},
         "settings": {"layers": options.layers, **SHAPE},
         "seconds": {"inductor": peer, "hga": whole, "passes": passes},
         "graphs": {"inductor": peer_graphs, "hga": graphs},

@@ -105,10 +105,43 @@ def gpu_memory(result: dict[str, Any]) -> str:
     return f"{markdown(headings, rows, 0)}\n\nMiB above the weights; K/V tier: {result['settings']['tier']}."
 
 
+def compile_time(result: dict[str, Any]) -> str:
+    """Seconds of compiling with and without hga, and the passes' part of them."""
+    names = {"inductor": "Inductor, dense", "hga": "hga", "passes": "of which the passes"}
+    rows = [(name, f"{result['seconds'][key]:.1f}") for key, name in names.items()]
+    share = f"the passes add {100 * result['passes_over_rest']:.1f}% to the rest of hga's time."
+    return f"{markdown(('compiling', 'seconds'), rows)}\n\nPrefill and decode, caches off; {share}"
+
+
+def decode_attention(result: dict[str, Any]) -> str:
+    """One layer's decode step beside dense attention."""
+    peers = list(result["cases"][0]["peers"])
+    headings = ["batch", "tokens", "K/V in", "hga", "floor", "measured / floor"]
+    headings += [f"{peer}, dense" for peer in peers] + ["against cuDNN"]
+    places = {"gpu": "GPU memory", "host": "pinned host RAM"}
+    rows = []
+    for case in result["cases"]:
+        times = [case["microseconds"], case["floor_microseconds"]]
+        ratios = [f"{case['measured_over_floor']:.1f}"]
+        ratios += [f"{case['peers'][peer]:.1f}" if peer in case["peers"] else "-" for peer in peers]
+        dense = case["peers"].get("cuDNN")
+        ratios.append(f"{dense / times[0]:.2f}x" if dense else "-")
+        first = (str(case["batch"]), str(case["tokens"]), places[case["tier"]])
+        rows.append((*first, *(f"{time:.1f}" for time in times), *ratios))
+    rates = {place: f"{rate / 1e9:,.0f} GB/s" for place, rate in result["bandwidth"].items()}
+    return (
+        f"{markdown(tuple(headings), rows, 0)}\n\nMicroseconds a step, routing included, CUDA-graph replay; "
+        f"3% of the tokens. Floor: codes and routed K/V read once, at {rates['gpu']} in GPU memory and "
+        f"{rates['host']} from the host."
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "cpu_decode": cpu_decode,
     "gpu_memory": gpu_memory,
+    "compile_time": compile_time,
+    "decode_attention": decode_attention,
 }
 
 

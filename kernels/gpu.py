@@ -38,6 +38,10 @@ class Spans:
         start, end, window, chosen, last, _ = self.table.unbind(1)
         return (end - start + chosen + last - window).repeat_interleave(rows // len(self.table))[:, None]
 
+    def starts(self, rows: int) -> Tensor:
+        """Return the first token of each row that is not padding, ``[rows, 1]``."""
+        return self.table[:, 5].repeat_interleave(rows // len(self.table))[:, None]
+
 
 def usable(device: torch.device, dtype: torch.dtype, dim: int, heads: int = 1, group_size: int = 1) -> bool:
     """Say whether the kernels cover a layer: CUDA with Triton, common dtypes, groups of a power of two."""

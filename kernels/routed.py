@@ -325,7 +325,10 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
         return None
     if padding is not None and not routing.sinks:
         return None  # the tokens of a group that begins with padding could not be counted without a wait
-    starts = None if padding is None else padding.host.to(torch.int8).argmax(1, keepdim=True)
+    starts = None
+    if padding is not None:
+        starts = padding.host.to(torch.int8).argmax(1, keepdim=True)
+        starts = starts.masked_fill(~padding.host.any(1, keepdim=True), call.length)
     spans = spans_of(routing, plan, starts, call.query.device)
     query = call.query.flatten(0, 1)[:, :, 0].to(pages.dtype)
     out, groups = decode_step(
@@ -336,6 +339,7 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
     call.use.add_attended(spans.attended * (call.kv.rows // len(plan.visible)))
     if LEDGER.wants(call.layer):
         listed = torch.arange(groups.shape[1], device=groups.device) < spans.listed(len(groups))
+        listed &= (groups + 1) * routing.group_size > spans.starts(len(groups))
         shape = (len(groups), -(-call.length // routing.group_size))
         marks = torch.zeros(shape, dtype=torch.int32, device=groups.device)
         marks.scatter_add_(1, groups.long().masked_fill(~listed, 0), listed.int())

@@ -40,7 +40,7 @@ def each(names):
 
 
 def graphs_of(family: Family, newest: bool = NEWEST) -> int:
-    """Return how many graphs a family is compiled to; caches of two parts break those of transformers 5.17."""
+    """Return how many graphs a family is compiled to; in transformers 5.17 caches of two parts break them."""
     return {"encoder": 1, "decoder": 3, "encoder-decoder": 3 if newest else 6}[family.kind]
 
 

@@ -1,0 +1,141 @@
+"""One layer's decode step in Triton beside dense attention, on one GPU: routing included, CUDA-graph replay.
+
+    python benchmarks/decode_attention.py
+
+Random K/V: time does not depend on them. Peers in the same run are cuDNN and flash SDPA over the whole K/V in
+GPU memory. The floor is what must be read once, at the rates that the same run measures: codes and scales from
+GPU memory, routed K/V from where they lie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, environment, write_json
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hga_compile.configs.budget import Budget
+from hga_compile.configs.routing import Routing
+from hga_compile.kernels import gpu
+from hga_compile.kernels.plan import plan_queries
+
+KV_HEADS, HEADS, DIM, DTYPE = 4, 8, 128, torch.bfloat16
+ROUTING = Routing(budget=Budget(fraction=0.03, tokens=256), auto_chunk_tokens=2**21)
+CASES = ((1, 16384), (1, 65536), (1, 262144), (1, 1048576), (8, 65536))
+PEERS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def microseconds(step: Callable[[], object], calls: int = 20, replays: int = 30) -> float:
+    """Return the median time of a call, from replays of a CUDA graph of several."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            step()
+    took = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        took.append(begin.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(took)
+
+
+def rates() -> dict[str, float]:
+    """Measure bytes per second: copies inside GPU memory (read and written), and from pinned host memory."""
+    inside = torch.empty(2, 2**30, dtype=torch.uint8, device="cuda").fill_(1)
+    host = torch.empty(2**30, dtype=torch.uint8, pin_memory=True)
+    copy = microseconds(lambda: inside[0].copy_(inside[1]), 1)
+    transfer = microseconds(lambda: inside[0].copy_(host, non_blocking=True), 1)
+    return {"gpu": 2 * 2**30 / copy * 1e6, "host": 2**30 / transfer * 1e6}
+
+
+def measure(batch: int, tokens: int, tier: str, bandwidth: dict[str, float]) -> dict[str, Any]:
+    """Time one case and its peers."""
+    rows, size, device = batch * KV_HEADS, ROUTING.group_size, torch.device("cuda", 0)
+    groups = -(-tokens // size)
+    place: dict[str, Any] = {"device": device} if tier == "gpu" else {"device": "cpu", "pin_memory": True}
+    pages = torch.empty(groups, rows, size * 2 * DIM, dtype=DTYPE, **place)
+    for part in pages.split(4096):  # noise made on the CPU would take minutes
+        part.copy_(torch.randn(part.shape, dtype=DTYPE, device=device))
+    shape = (rows, groups * size, DIM * ROUTING.bits // 8)
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).transpose(1, 2)
+    scales = torch.rand(rows, groups * size, device=device).half() + 0.5
+    query = torch.randn(rows, HEADS, DIM, dtype=DTYPE, device=device)
+    spans = gpu.spans_of(ROUTING, plan_queries(ROUTING, tokens - 1, 1, None), None, device)
+    settings: dict[str, Any] = {"routing": ROUTING, "scale": DIM**-0.5, "kv_heads": KV_HEADS}
+    took = microseconds(
+        lambda: gpu.decode_step(pages, codes, scales, query, spans, length=tokens, **settings)
+    )
+    index_bytes = rows * spans.groups * size * (DIM * ROUTING.bits / 8 + 2)
+    routed_bytes = rows * spans.attended * 2 * DIM * DTYPE.itemsize
+    floor = (index_bytes / bandwidth["gpu"] + routed_bytes / bandwidth[tier]) * 1e6
+    case: dict[str, Any] = {
+        "batch": batch,
+        "tokens": tokens,
+        "tier": tier,
+        "attended": spans.attended / tokens,
+        "microseconds": took,
+        "floor_microseconds": floor,
+        "measured_over_floor": took / floor,
+        "peers": {},
+    }
+    if tier == "gpu":
+        key, value = torch.randn(2, batch, KV_HEADS, tokens, DIM, dtype=DTYPE, device=device).unbind()
+        dense = query.view(batch, KV_HEADS * HEADS, 1, DIM)
+        for name, backend in PEERS.items():
+            with sdpa_kernel(backend):
+                case["peers"][name] = microseconds(
+                    lambda: torch.nn.functional.scaled_dot_product_attention(
+                        dense, key, value, enable_gqa=True
+                    )
+                )
+    return case
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, default=RESULTS / "decode_attention.json")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("a CUDA device wanted, got none", file=sys.stderr)
+        return 1
+    bandwidth = rates()
+    cases = [measure(*case, "gpu", bandwidth) for case in CASES]
+    cases += [measure(1, tokens, "host", bandwidth) for tokens in (65536, 262144)]
+    write_json(
+        options.json,
+        {
+            "benchmark": "decode_attention",
+            "environment": environment("cuda"),
+            "model": {"name": f"one layer, {KV_HEADS * HEADS} query / {KV_HEADS} KV heads x {DIM}, bfloat16"},
+            "settings": {"profile": "default", "budget": 0.03},
+            "bandwidth": bandwidth,
+            "cases": cases,
+        },
+    )
+    table = Table(title="decode attention, microseconds a layer")
+    for heading in ("batch", "tokens", "K/V in", "hga", "measured / floor", *PEERS):
+        table.add_column(heading, justify="right")
+    for case in cases:
+        peers = (f"{case['peers'][name]:.1f}" if name in case["peers"] else "-" for name in PEERS)
+        numbers = (f"{case['microseconds']:.1f}", f"{case['measured_over_floor']:.2f}")
+        table.add_row(str(case["batch"]), str(case["tokens"]), case["tier"], *numbers, *peers)
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

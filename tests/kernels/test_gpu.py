@@ -1,0 +1,373 @@
+"""The Triton kernels against their references: on a GPU, and a small set in Triton's interpreter on a CPU."""
+
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hga_compile.configs.budget import Budget
+from hga_compile.configs.routing import Routing
+from hga_compile.kernels import gpu
+from hga_compile.kernels.lowbit import _STEP, decode_keys, encode_keys
+from hga_compile.kernels.plan import plan_queries
+from hga_compile.kernels.rotation import rotation
+from hga_compile.kernels.route import merge_votes
+from hga_compile.kernels.scoring import Scoring
+from hga_compile.store.pages import Pages
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available()
+# What the interpreter has no room or no arithmetic for: numpy knows no bfloat16.
+large = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+
+
+@pytest.fixture
+def place() -> torch.device:
+    if not CUDA and not INTERPRETED:
+        pytest.skip("needs a CUDA device (the last test runs some of these in Triton's interpreter)")
+    torch.manual_seed(0)
+    return torch.device("cuda", 0) if CUDA else torch.device("cpu")
+
+
+def pages_of(key: Tensor, value: Tensor, size: int, home: str | None = None) -> Pages:
+    there = torch.device(home) if home else key.device
+    pages = Pages(key.shape[0], key.shape[2], value.shape[2], size, key.dtype, key.device, there)
+    pages.write(key, value, 0)
+    return pages
+
+
+def coded(key: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes with bytes innermost and slack behind, scales, and the rotated keys that they stand for."""
+    rows, tokens, dim = key.shape
+    codes, scales = encode_keys(key.float() @ rotation(dim, key.device), bits)
+    wide = torch.full((rows, tokens + 7, codes.shape[1]), 255, dtype=torch.uint8, device=key.device)
+    wide[:, :tokens] = codes.transpose(1, 2)
+    return wide.transpose(1, 2), scales, decode_keys(codes, scales, bits, dim).double()
+
+
+def token_marks(groups: Tensor, listed: Tensor, size: int, tokens: int, starts: Tensor) -> Tensor:
+    """Mark the tokens of listed groups, ``[rows, tokens]``; checks that the lists ascend."""
+    inside = torch.arange(groups.shape[1], device=groups.device) < listed
+    assert bool(((groups[:, 1:] > groups[:, :-1]) | ~inside[:, 1:]).all())
+    marks = torch.zeros(len(groups), -(-tokens // size), dtype=torch.int32, device=groups.device)
+    marks.scatter_add_(1, groups.long().masked_fill(~inside, 0), inside.int())
+    marks = (marks > 0).repeat_interleave(size, 1)[:, :tokens]
+    return marks & (torch.arange(tokens, device=groups.device) >= starts)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, marks: Tensor, scale: float, scoring: Scoring
+) -> Tensor:
+    """Attention to marked tokens in the dtype that it is given."""
+    scores = query @ key.transpose(1, 2) * scale
+    if scoring.softcap:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    scores = scores.masked_fill(~marks[:, None], -math.inf)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.to(scores).view(-1, query.shape[1], 1)
+        sinks = sinks.repeat(len(query) // len(sinks), 1, 1)
+        return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1] @ value
+    return torch.softmax(scores, -1).nan_to_num() @ value
+
+
+def check(
+    place: torch.device,
+    rows: int = 2,
+    heads: int = 3,
+    dim: int = 16,
+    v_dim: int = 16,
+    tokens: int = 500,
+    dtype: torch.dtype = torch.float32,
+    size: int = 4,
+    bits: int = 2,
+    vote: str = "mass_sum",
+    fraction: float = 0.1,
+    scoring: Scoring | None = None,
+    home: str | None = None,
+    pads: list[int] | None = None,
+) -> None:
+    """Run a step; what it routes to is what the reference would, what it attends to is exact."""
+    scoring = scoring or Scoring()
+    routing = Routing(
+        group_size=size, bits=bits, vote=vote, budget=Budget(fraction=fraction, tokens=max(24, 3 * size)),
+        dense_below=0, centre_tokens=8,
+    )  # fmt: skip
+    key = torch.randn(rows, tokens, dim, device=place).to(dtype)
+    value = torch.randn(rows, tokens, v_dim, device=place).to(dtype)
+    query = (2 * torch.randn(rows, heads, dim, device=place)).to(dtype)
+    pages, (codes, scales, keys) = pages_of(key, value, size, home), coded(key, bits)
+    starts = torch.tensor(pads or [0])[:, None]
+    mask = torch.arange(tokens) >= starts
+    plan = plan_queries(routing, tokens - 1, 1, mask if pads else None)
+    lines = len(plan.window)
+    spans = gpu.spans_of(routing, plan, starts if pads else None, place)
+    scale = dim**-0.5
+    out, groups = gpu.decode_step(
+        pages.buffer, codes, scales, query, spans, length=tokens, routing=routing, scale=scale,
+        scoring=scoring, kv_heads=rows // lines,
+    )  # fmt: skip
+    assert out.dtype == dtype and out.shape == (rows, heads, v_dim)
+    marks = token_marks(groups, spans.listed(rows), size, tokens, spans.starts(rows))
+    real = int(marks[:: rows // lines].sum())
+    assert real == spans.attended
+
+    scores = (query.double() * scale) @ rotation(dim, place).double() @ keys.transpose(1, 2)
+    known = plan.last_window
+    votes = scores[:, :, : known * size].unflatten(-1, (known, size))[:, :, None]
+    number = torch.arange(known)
+    seen = ((number >= plan.sink_start) & (number < plan.window)).repeat_interleave(rows // lines, 0)
+    votes = merge_votes(votes.clone(), seen[:, None].to(place), vote)[:, 0]
+    for row in range(rows):
+        line = row // (rows // lines)
+        first, window = int(plan.sink_end[line]), int(plan.window[line])
+        wanted = int(spans.table[line, 3])
+        of_row = marks[row].unflatten(0, (-1, size)).any(1) if tokens % size == 0 else None
+        if of_row is None:
+            of_row = torch.nn.functional.pad(marks[row], (0, -tokens % size)).unflatten(0, (-1, size)).any(1)
+        chosen = of_row[first:window]
+        assert int(chosen.sum()) == wanted
+        assert bool(of_row[window:].all()) and bool(of_row[int(plan.sink_start[line]) : first].all())
+        if 0 < wanted < window - first:
+            best = votes[row, first:window]
+            # Which of two groups with nearly equal votes is taken does not matter here.
+            assert float(best[chosen].min()) >= float(best[~chosen].max()) * (1 - 2e-3)
+
+    want = attention(query.double(), key.double(), value.double(), marks, scale, scoring)
+    eager = attention(query, key, value, marks, scale, scoring)
+    bound = (eager.double() - want).abs().max() * 1.5 + 4 * torch.finfo(torch.float32).eps * want.abs().max()
+    assert (out.double() - want).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "v_dim"), [(16, 16), (20, 12), (64, 64)])
+def test_a_step_is_exact_attention_to_the_groups_with_the_most_votes(place, dtype, dim, v_dim):
+    check(place, dtype=dtype, dim=dim, v_dim=v_dim)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("vote", ["mass_sum", "mass_max"])
+def test_every_width_of_codes_and_every_vote(place, bits, vote):
+    check(place, bits=bits, vote=vote)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 16, 64])
+def test_every_group_size(place, size):
+    check(place, size=size, tokens=700)
+
+
+@pytest.mark.parametrize("heads", [1, 8, 16])
+def test_every_number_of_heads(place, heads):
+    check(place, heads=heads)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_soft_cap_and_sinks(place, softcap, sinks):
+    logits = torch.randn(6, device=place) if sinks else None
+    check(place, scoring=Scoring(softcap, logits))
+
+
+def test_rows_with_padding_have_spans_of_their_own(place):
+    check(place, rows=6, pads=[0, 137, 451])
+
+
+def test_a_row_of_padding_gives_zero(place):
+    routing = Routing(dense_below=0, centre_tokens=8, budget=Budget(fraction=0.1))
+    key, value = torch.randn(2, 2, 300, 16, device=place).unbind()
+    starts = torch.tensor([[0], [300]])
+    plan = plan_queries(routing, 299, 1, torch.arange(300) >= starts)
+    codes, scales, _ = coded(key, 2)
+    out, _ = gpu.decode_step(
+        pages_of(key, value, 4).buffer, codes, scales, torch.randn(2, 2, 16, device=place),
+        gpu.spans_of(routing, plan, starts, place), length=300, routing=routing, scale=1.0, kv_heads=1,
+    )  # fmt: skip
+    assert bool((out[1] == 0).all()) and bool((out[0] != 0).all())
+
+
+@settings(max_examples=8 if not CUDA else 40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.integers(1, 3),
+    heads=st.sampled_from([1, 2, 5, 9]),
+    tokens=st.integers(60, 900),
+    fraction=st.sampled_from([0.02, 0.2, 0.6]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(place, rows, heads, tokens, fraction, seed):
+    torch.manual_seed(seed)
+    check(place, rows=rows, heads=heads, tokens=tokens, fraction=fraction)
+
+
+def choose(
+    place: torch.device, votes: Tensor, count: int, sinks: int = 0, window: int = 0
+) -> list[list[int]]:
+    """Run the selection alone: groups behind the sinks, and the window after all groups."""
+    from hga_compile.kernels.triton_select import Votes, select_groups
+
+    rows, groups = votes.shape
+    held = votes.to(place).clone()
+    held[:, :sinks] = -1.0
+    run = 8
+    tops = torch.nn.functional.pad(held, (0, -groups % run), value=-1.0).unflatten(1, (-1, run)).amax(-1)
+    table = torch.tensor([[0, sinks, groups, count, groups + window, 0]], dtype=torch.int32, device=place)
+    width = sinks + count + window
+    return select_groups(Votes(held, tops.contiguous(), run), table, width, rows).tolist()
+
+
+@pytest.mark.parametrize("few", [16, 64, 2048])
+@pytest.mark.parametrize("count", [0, 1, 7, 60, 197])
+def test_selection_is_top_k_of_which_equals_come_first(place, monkeypatch, few, count):
+    from hga_compile.kernels import triton_select
+
+    monkeypatch.setattr(triton_select, "_FEW", few)
+    monkeypatch.setattr(triton_select, "_MORE", 4 * few)
+    monkeypatch.setattr(triton_select, "_PART", 64)
+    votes = torch.randint(0, 40, (2, 200)) / 7
+    got = choose(place, votes, count, sinks=3, window=5)
+    for row in range(2):
+        order = sorted(range(3, 200), key=lambda group: (-float(votes[row, group]), group))
+        assert got[row] == [0, 1, 2, *sorted(order[:count]), *range(200, 205)]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.inf, 1e-38])
+def test_of_equal_votes_the_first_groups_are_taken(place, value):
+    assert choose(place, torch.full((1, 100), value), 9) == [list(range(9))]
+
+
+def test_broken_groups_are_taken_before_all_others(place):
+    votes = torch.rand(1, 300)
+    votes[0, [7, 250]] = math.inf
+    assert {7, 250} <= set(choose(place, votes, 5)[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_group_with_a_broken_key_is_attended_to_and_breaks_its_row_alone(place, value):
+    routing = Routing(dense_below=0, centre_tokens=8, budget=Budget(tokens=32))
+    key, data = torch.randn(2, 2, 400, 16, device=place).unbind()
+    codes, scales, _ = coded(key, 2)
+    scales[1, 200] = value
+    spans = gpu.spans_of(routing, plan_queries(routing, 399, 1, None), None, place)
+    _, groups = gpu.decode_step(
+        pages_of(key, data, 4).buffer, codes, scales, torch.randn(2, 2, 16, device=place).abs(), spans,
+        length=400, routing=routing, scale=1.0, kv_heads=2,
+    )  # fmt: skip
+    assert 50 in groups[1].tolist()
+
+
+def test_one_huge_key_is_found(place):
+    routing = Routing(dense_below=0, centre_tokens=8, budget=Budget(tokens=32))
+    key, value = torch.randn(2, 1, 400, 16, device=place).unbind()
+    query = torch.randn(1, 2, 16, device=place)
+    key[0, 123] = 1e4 * query[0, 0]
+    codes, scales, _ = coded(key, 2)
+    spans = gpu.spans_of(routing, plan_queries(routing, 399, 1, None), None, place)
+    out, groups = gpu.decode_step(
+        pages_of(key, value, 4).buffer, codes, scales, query, spans, length=400, routing=routing, scale=1.0,
+        kv_heads=1,
+    )  # fmt: skip
+    assert 123 // 4 in groups[0].tolist()
+    torch.testing.assert_close(out[0, 0], value[0, 123])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("dim", [16, 20, 64])
+def test_codes_are_those_of_the_reference(place, bits, dim):
+    keys = torch.randn(2, 37, dim, device=place) + 3 * torch.randn(2, 1, dim, device=place)
+    keys[0, 5] = 0.0
+    keys[1, 6, 2] = 1e20
+    centre = keys[:, 7:30].mean(1)
+    want, want_scales = encode_keys((keys - centre[:, None]) @ rotation(dim, place), bits)
+    codes = torch.full((2, 60, want.shape[1]), 7, dtype=torch.uint8, device=place).transpose(1, 2)
+    scales = torch.full((2, 60), 7.0, dtype=torch.float16, device=place)
+    gpu.encode(keys, centre, codes, scales, 11, bits, _STEP[bits])
+    # A value on the border of two levels may be rounded either way.
+    assert float((codes[:, :, 11:48] != want).float().mean()) < 0.01
+    torch.testing.assert_close(scales[:, 11:48], want_scales, rtol=0.02, atol=1e-3)
+    assert bool((codes[:, :, :11] == 7).all()) and bool((codes[:, :, 48:] == 7).all())
+    assert bool((scales[:, :11] == 7).all()) and bool((scales[:, 48:] == 7).all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_key_that_is_not_finite_has_no_scale(place, value):
+    keys = torch.randn(1, 8, 16, device=place)
+    keys[0, 3, 5] = value
+    codes = torch.zeros(1, 8, 4, dtype=torch.uint8, device=place).transpose(1, 2)
+    scales = torch.zeros(1, 8, dtype=torch.float16, device=place)
+    gpu.encode(keys, torch.zeros(1, 16, device=place), codes, scales, 0, 2, _STEP[2])
+    assert torch.isfinite(scales[0]).tolist() == [token != 3 for token in range(8)]
+
+
+@pytest.mark.parametrize(("begin", "new"), [(0, 5), (3, 1), (6, 9)])
+def test_rows_come_back_from_their_pages(place, begin, new):
+    key, value = torch.randn(2, 15, 20, device=place), torch.randn(2, 15, 12, device=place)
+    pages = pages_of(key, value, 4)
+    newer = torch.randn(2, new, 20, device=place), torch.randn(2, new, 12, device=place)
+    gpu.store_rows(pages.buffer, *newer, begin, 4)
+    key[:, begin : begin + new], value[:, begin : begin + new] = newer
+    for got, want in zip(gpu.load_rows(pages.buffer, 1, 15, 20, 4, place), (key, value), strict=True):
+        assert torch.equal(got, want[:, 1:])
+
+
+@pytest.mark.gpu
+@large
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_large_heads(place, dim):
+    check(place, rows=4, heads=8, dim=dim, v_dim=dim, tokens=4099, dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@large
+def test_pages_in_pinned_host_memory(place):
+    check(place, rows=4, heads=4, dim=64, v_dim=64, tokens=9000, dtype=torch.bfloat16, home="cpu")
+
+
+@pytest.mark.gpu
+@large
+def test_a_million_tokens(place):
+    check(place, rows=8, heads=4, dim=128, v_dim=128, tokens=1_000_003, dtype=torch.bfloat16, fraction=0.01)
+
+
+@pytest.mark.gpu
+@large
+def test_pages_are_not_given_away_while_kernels_read_them(place):
+    key, value = torch.randn(2, 4, 4000, 64, device=place).unbind()
+    for _ in range(20):
+        pages = pages_of(key, value, 4, "cpu")
+        assert pages.gpu_pages is not None
+        got = gpu.load_rows(pages.buffer, 100, 130, 64, 4, place)
+        del pages
+        torch.empty(4000, 4, 128, pin_memory=True).fill_(0.0)
+        assert torch.equal(got[0], key[:, 100:130])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_a_small_set_in_the_interpreter():
+    names = "exact_attention or every_width or soft_cap or spans or selection or codes or rows_come"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        __file__,
+        "-k",
+        names,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
