@@ -2,8 +2,8 @@
 
     python benchmarks/decode_attention.py
 
-Random K/V: time does not depend on them. Peers in the same run are cuDNN and flash SDPA over the whole K/V in
-GPU memory. The floor is what must be read once, at the rates that the same run measures: codes and scales from
+Random K/V: time does not depend on them. Peers in the same run are cuDNN and flash SDPA over the whole K/V
+in GPU memory. The floor is what must be read once, at rates that the same run measures: codes and scales from
 GPU memory, routed K/V from where they lie.
 """
 

@@ -107,7 +107,7 @@ class LowBitSummary:
         rows, self.dim = centre.shape
         packed = -(-self.dim * self.bits // 8)
         # A GPU multiplies a token's codes as they lie; a CPU scans many tokens at a time.
-        self._bytes_last = centre.is_cuda
+        self._bytes_last = usable(centre.device, torch.float32, self.dim)
         shape = (rows, 0, packed) if self._bytes_last else (rows, packed, 0)
         self._codes = torch.empty(shape, dtype=torch.uint8, device=centre.device)
         self.scales = torch.empty(rows, 0, dtype=torch.float16, device=centre.device)
@@ -122,7 +122,7 @@ class LowBitSummary:
         used, new = self.groups * self.group_size, keys.shape[1]
         self._codes = grown(self._codes, used, used + new, 1 if self._bytes_last else 2)
         self.scales = grown(self.scales, used, used + new, 1)
-        if usable(keys.device, keys.dtype, self.dim):
+        if self._bytes_last and usable(keys.device, keys.dtype, self.dim):
             encode(keys, self.centre, self.codes, self.scales, used, self.bits, _STEP[self.bits])
         else:
             rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
@@ -144,7 +144,7 @@ class LowBitSummary:
             rows, heads, queries, _ = query.shape
             flat, end = self._turned(query), limit * self.group_size
             token = None
-            if queries == 1 and codes.device.type == "cpu":
+            if queries == 1 and codes.device.type == "cpu" and not self._bytes_last:
                 # Unpacking alone costs more than this does.
                 token = scan_scores(codes, scales[:, :end], flat, self.bits)
             if token is None:

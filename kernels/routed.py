@@ -253,7 +253,8 @@ def _decode(call: _Call) -> Tensor:
     plan = _plan(call, call.first, 1)
     _count_visible(call, plan)
     known = min(plan.last_window, _groups(call))
-    out = _gpu_step(call, plan) if call.query.is_cuda else _steps(call, plan)
+    out = _gpu_step(call, plan)
+    out = _steps(call, plan) if out is None else out
     if out is not None:
         return out
     chosen = _choose(call, plan, call.scaled, known, _scorer(call, known))
@@ -339,7 +340,9 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
     call.use.add_attended(spans.attended * (call.kv.rows // len(plan.visible)))
     if LEDGER.wants(call.layer):
         listed = torch.arange(groups.shape[1], device=groups.device) < spans.listed(len(groups))
-        listed &= (groups + 1) * routing.group_size > spans.starts(len(groups))
+        # Groups of nothing but padding, and those of a sequence that has not begun.
+        starts = spans.starts(len(groups))
+        listed &= ((groups + 1) * routing.group_size > starts) & (starts < call.length)
         shape = (len(groups), -(-call.length // routing.group_size))
         marks = torch.zeros(shape, dtype=torch.int32, device=groups.device)
         marks.scatter_add_(1, groups.long().masked_fill(~listed, 0), listed.int())
@@ -427,7 +430,8 @@ def _tiles(call: _Call) -> Tensor:
     out = _steps(call, plan)
     if out is not None:
         _count_visible(call, plan)
-        return out.unflatten(0, (batch, kv_heads))
+        folded: Tensor = out.unflatten(0, (batch, kv_heads))
+        return folded
     tail, score = call.index.tail, _scorer(call, _groups(call))
     key, value = kv.read(0, call.length)
     step = min(256, max(16, _TILE_BYTES // (4 * kv.rows * heads * call.length)))

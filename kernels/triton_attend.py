@@ -1,5 +1,7 @@
 """Triton: exact attention of one query to the groups on a list (reference: `attend.attend_gathered`)."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -61,7 +63,7 @@ def attend_listed(
     shares = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, shares)
     padded = max(16, triton.next_power_of_2(heads))
-    kind = {"dtype": torch.float32, "device": query.device}
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     partial = torch.empty(rows, heads, splits, v_dim, **kind)
     stats = torch.empty(2, rows, heads, splits, **kind)
     exact = query.dtype == torch.float32

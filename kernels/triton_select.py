@@ -1,6 +1,7 @@
 """Triton: votes of the query heads, and the groups with the most of them (reference: `route`)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -48,7 +49,7 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
     rows, groups, padded = masses.mass.shape
     together = max(1, min(512, 4096 // padded) // masses.block)
     run = min(max(8, triton.next_power_of_2(triton.cdiv(groups, 8192))), together * masses.block)
-    kind = {"dtype": torch.float32, "device": masses.mass.device}
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": masses.mass.device}
     votes, tops = torch.empty(rows, groups, **kind), torch.empty(rows, triton.cdiv(groups, run), **kind)
     _vote[(triton.cdiv(masses.blocks, together), rows)](
         masses.mass, masses.sums, spans, votes, tops, groups, tops.shape[1], masses.blocks, rows_of_span,
@@ -81,7 +82,7 @@ def select_groups(votes: Votes, spans: Tensor, width: int, rows_of_span: int) ->
     """
     (rows, groups), runs = votes.votes.shape, votes.tops.shape[1]
     parts = triton.cdiv(groups, _PART)
-    kind = {"dtype": torch.int32, "device": votes.votes.device}
+    kind: dict[str, Any] = {"dtype": torch.int32, "device": votes.votes.device}
     # As many runs as there are groups to choose have a top: what is less than their least is not chosen.
     least, counts = torch.empty(rows, **kind), torch.empty(rows, parts, **kind)
     held = triton.next_power_of_2(max(runs, 128))

@@ -92,13 +92,16 @@ class Reader:
         self.forward = Forward(engine.call, engine.model)
 
     def warm_up(self, parts: Parts) -> None:
-        """Make both kinds of call once on a few tokens, so that no reading is timed with compilation."""
+        """Make both kinds of call once, so that no reading is timed with compilation."""
         import torch
 
         cache, rest = self.engine.start(parts.body[:, :WARM_UP])
         with torch.no_grad():
             self.forward(rest, cache, keep=KEEP)
             self.forward(rest[:, :1], cache)
+        if parts.body.is_cuda:
+            # Triton's kernels are compiled as they are met, for the lengths that they are met with.
+            self.read(parts, score=lambda logits, targets: 0.0)
 
     def read(
         self,

@@ -122,7 +122,7 @@ class Pages:
     @property
     def gpu_pages(self) -> Tensor | None:
         """The buffer, if kernels for the GPU can read it: in its memory, or pinned for it."""
-        if self.compute.type != "cuda":
+        if not self._triton:
             return None
         self._in_flight = self.home.type == "cpu"
         return self.buffer
@@ -150,7 +150,8 @@ class Pages:
     def _settle(self) -> None:
         """Wait for the GPU before the CPU reads or gives up host memory that kernels use."""
         if self._in_flight:
-            torch.cuda.synchronize(self.compute)
+            if self.compute.type == "cuda":
+                torch.cuda.synchronize(self.compute)
             self._in_flight = False
 
     def nbytes(self) -> int:

@@ -9,18 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import inputs, left_padding, routing, run_steps
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import gpu
+from hga_compile.kernels import gpu, lowbit, routed
+from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import _STEP, decode_keys, encode_keys
 from hga_compile.kernels.plan import plan_queries
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.route import merge_votes
 from hga_compile.kernels.scoring import Scoring
+from hga_compile.store import pages as pages_module
 from hga_compile.store.pages import Pages
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -316,6 +319,28 @@ def test_rows_come_back_from_their_pages(place, begin, new):
         assert torch.equal(got, want[:, 1:])
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_conversation_through_the_store_is_the_references(place, monkeypatch, padded):
+    given = inputs(mask=left_padding([130, 20, 97], 130) if padded else None, batch=3)
+    steps = (124, *[1] * 6)
+    with LEDGER.recording() as plain:
+        want = run_steps(routing(), given, steps)
+    uses = LEDGER.uses()[0, "decode"].attended
+    LEDGER.reset()
+    taken = []
+    monkeypatch.setattr(routed, "decode_step", lambda *a, **k: taken.append(1) or gpu.decode_step(*a, **k))
+    if not CUDA:
+        for module in (routed, lowbit, pages_module):
+            monkeypatch.setattr(module, "usable", lambda *given: True)
+    with LEDGER.recording() as ours:
+        got = run_steps(routing(), given.to(place), steps)
+    assert len(taken) == 6
+    torch.testing.assert_close(got.cpu(), want, atol=1e-5, rtol=1e-5)
+    assert LEDGER.uses()[0, "decode"].attended == uses
+    for one, other in zip(plain[-6:], ours[-6:], strict=True):
+        assert torch.equal(one.groups, other.groups)
+
+
 @pytest.mark.gpu
 @large
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -348,24 +373,13 @@ def test_pages_are_not_given_away_while_kernels_read_them(place):
         assert torch.equal(got[0], key[:, 100:130])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_a_small_set_in_the_interpreter():
-    names = "exact_attention or every_width or soft_cap or spans or selection or codes or rows_come"
+    names = "exact_attention or width or spans or selection or codes or rows_come or conversation"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        __file__,
-        "-k",
-        names,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=500
     )
