@@ -132,7 +132,7 @@ def decode_attention(result: dict[str, Any]) -> str:
     return (
         f"{markdown(tuple(headings), rows, 0)}\n\nMicroseconds a step, routing included, CUDA-graph replay; "
         f"3% of the tokens. Floor: codes and routed K/V read once, at {rates['gpu']} in GPU memory and "
-        f"{rates['host']} from the host."
+        f"{rates['host']} from the host (measured by {result['bandwidth_from']})."
     )
 
 

@@ -99,6 +99,7 @@ def test_a_device_map_with_one_device_leaves_everything_routed(tmp_path):
     assert reasons() == {Reason.ROUTED}
 
 
+@pytest.mark.slow
 def test_weights_offloaded_to_the_cpu_give_the_same_logits():
     plain = build(FAMILIES["Gemma 3"])
     offloaded = accelerate.cpu_offload(copy.deepcopy(plain), execution_device=CPU)

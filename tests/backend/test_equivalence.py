@@ -37,7 +37,7 @@ def test_prefill_chunk_and_decode_of_a_padded_batch_equal_the_uncompiled_model(p
         assert report.totals("prefill").attended_fraction == report.totals("decode").attended_fraction == 1.0
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_the_same_without_a_mask(pairs, name):
     pair = pairs(name)
     expected = run(pair.plain, pair.cache(), conversation())

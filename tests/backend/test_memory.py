@@ -59,7 +59,7 @@ def largest_allocation(run: Any, tokens: int) -> int:
             "sliding",
             "inductor",
             "sliding window: exact, only the window is kept",
-            marks=pytest.mark.inductor,
+            marks=[pytest.mark.inductor, pytest.mark.slow],
         ),
     ],
 )

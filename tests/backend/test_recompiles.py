@@ -63,6 +63,7 @@ def test_sliding_layers_keep_only_their_window(pairs, name):
     assert cache_memory(cache).accelerator_kv >= sizes[-1]
 
 
+@pytest.mark.slow
 def test_other_batch_sizes_with_padding_stay_routed(recompile):
     """Once sizes have names of their own, the mask's batch and the padding table's are two names."""
     pair = Pair(make_model("llama", num_hidden_layers=1))

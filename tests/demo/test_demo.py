@@ -10,6 +10,9 @@ from typer.testing import CliRunner
 from hga_compile.cli.app import app
 from hga_compile.demo.store import cache_root, is_intact
 
+# They share one run of the demo.
+pytestmark = pytest.mark.xdist_group("demo")
+
 runner = CliRunner()
 
 # What the tiny model needs for routing to happen in a short context.

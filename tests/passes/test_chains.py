@@ -387,3 +387,23 @@ def test_multi_head_attention_of_torch_is_found(weights):
 def test_no_tail_estimate_where_there_is_a_cap():
     decisions, _, _ = run(capped, *rows(N), routing=Routing(tail="estimate"))
     assert [decision.reason for decision in decisions] == [Reason.TAIL]
+
+
+def a_mask_that_is_returned(q, k, v):
+    mask = causal()
+    return torch.softmax(q @ k.transpose(2, 3) * SCALE + added(mask), -1) @ v, mask
+
+
+def a_mask_of_two_attentions(q, k, v):
+    mask = added(causal())
+    first = torch.softmax(q @ k.transpose(2, 3) * SCALE + mask, -1) @ v
+    return first + torch.softmax(first @ k.transpose(2, 3) * SCALE + mask, -1) @ v
+
+
+@pytest.mark.parametrize(("form", "sites"), [(a_mask_that_is_returned, 1), (a_mask_of_two_attentions, 2)])
+def test_a_mask_may_have_other_uses(form, sites):
+    q, k, v = rows(N)
+    decisions, graph, out = run(form, q, k, v)
+    assert [decision.reason for decision in decisions] == [Reason.ROUTED] * sites
+    assert counted(graph, "hga.attention") == sites
+    torch.testing.assert_close(out, form(q, k, v), atol=1e-5, rtol=1e-5)

@@ -177,7 +177,9 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize("recipes", [shifted, changed, joined])
+@pytest.mark.parametrize(
+    "recipes", [shifted, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (changed, joined))]
+)
 def test_a_claim_about_a_mask_with_one_defect_holds(recipes):
     made = recipes()
     claims = check_claims([partial(recipe.build, 4) for recipe in made], 4, KEYS, TABLE)
