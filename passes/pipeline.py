@@ -105,7 +105,8 @@ class Rewrite:
 
     def __call__(self, work: Work) -> None:
         tier = "gpu" if work.profile.offload.tier == "gpu" else "host"
-        for plan, number in zip(work.plans, work.numbers(), strict=True):
+        # From the last one: what a site reads may be what an earlier one returns, which is replaced then.
+        for plan, number in reversed(list(zip(work.plans, work.numbers(), strict=True))):
             if not plan.decision.routed and plan.window is None:
                 continue
             routing = work.profile.routing.for_layer(number, work.layers)

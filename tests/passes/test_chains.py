@@ -400,8 +400,16 @@ def a_mask_of_two_attentions(q, k, v):
     return first + torch.softmax(first @ k.transpose(2, 3) * SCALE + mask, -1) @ v
 
 
-@pytest.mark.parametrize(("form", "sites"), [(a_mask_that_is_returned, 1), (a_mask_of_two_attentions, 2)])
-def test_a_mask_may_have_other_uses(form, sites):
+def a_key_that_is_an_attention(q, k, v):
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, attend(k, k, v, is_causal=True), v, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "sites"),
+    [(a_mask_that_is_returned, 1), (a_mask_of_two_attentions, 2), (a_key_that_is_an_attention, 2)],
+)
+def test_masks_and_results_may_have_other_uses(form, sites):
     q, k, v = rows(N)
     decisions, graph, out = run(form, q, k, v)
     assert [decision.reason for decision in decisions] == [Reason.ROUTED] * sites
