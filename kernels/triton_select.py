@@ -157,7 +157,7 @@ def _vote(
 
 @triton.jit
 def _least_of(key, count, BITS: tl.constexpr):
-    """Return the `count`-th largest key, or a bound below it by all but its first bits."""
+    """Return the `count`-th largest key, or a bound below it that agrees in its first bits."""
     least = 0
     for place in tl.static_range(BITS):
         candidate = least | (1 << (30 - place))
@@ -205,7 +205,7 @@ def _select_held(keys, numbers, to, listed, count, HELD: tl.constexpr):
     least = _least_of(key, count, 31)
     equal = (key == least).to(tl.int32)
     left = count - tl.sum((key > least).to(tl.int32), 0)
-    taken = (count > 0) & ((key > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= left)))
+    taken = (key > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= left))
     tl.store(to + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken)
 
 
@@ -239,7 +239,7 @@ def _select_many(keys, numbers, to, listed, count, STEP: tl.constexpr):
         equal = (key == least).to(tl.int32)
         taken = (key > least) | ((equal > 0) & (equals + tl.cumsum(equal, 0) <= count - above))
         number = tl.load(numbers + begin + place, mask=taken, other=0)
-        tl.store(to + written + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken & (count > 0))
+        tl.store(to + written + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken)
         written += tl.sum(taken.to(tl.int32), 0)
         equals += tl.sum(equal, 0)
         begin += STEP
