@@ -88,8 +88,7 @@ def _plain_spans(routing: Routing, first: int, device: torch.device) -> Spans:
 
 def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.device) -> Spans:
     size, last = routing.group_size, plan.first // routing.group_size + 1
-    between = (plan.window - plan.sink_end).clamp(min=0)
-    chosen = torch.where(plan.dense, between, torch.minimum(plan.chosen, between))
+    chosen = plan.taken
     lists = plan.sink_end - plan.sink_start + chosen + last - plan.window
     parts = (plan.sink_start, plan.sink_end, plan.window, chosen, torch.full_like(starts, last), starts)
     table = torch.cat([part.expand(len(plan.window), 1) for part in parts], 1).to(torch.int32)

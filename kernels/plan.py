@@ -48,6 +48,12 @@ class QueryPlan:
     last_window: int
     """Greatest `window`."""
 
+    @property
+    def taken(self) -> Tensor:
+        """Groups that are chosen between sinks and window where none is padding: all of a dense query's."""
+        between = self.window - self.sink_end
+        return torch.where(self.dense, between, torch.minimum(self.chosen, between))
+
 
 def tokens_for(share: Budget | Window, whole: Tensor) -> Tensor:
     """Return `share.tokens_for` of every entry of the int64 tensor `whole`."""

@@ -26,6 +26,8 @@ __all__ = ["KeyValues", "Padding", "routed_attention"]
 
 # Bytes of the largest score tile of a prefill; bounds its memory whatever the context.
 _TILE_BYTES = 2**26
+# Queries that are planned together.
+_PIECE = 256
 
 
 class KeyValues(Protocol):
@@ -254,7 +256,7 @@ def _decode(call: _Call) -> Tensor:
     _count_visible(call, plan)
     known = min(plan.last_window, _groups(call))
     out = _gpu_step(call, plan)
-    out = _steps(call, plan) if out is None else out
+    out = _steps(call) if out is None else out
     if out is not None:
         return out
     chosen = _choose(call, plan, call.scaled, known, _scorer(call, known))
@@ -350,20 +352,28 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
     return out.to(call.query.dtype)
 
 
-def _steps(call: _Call, plan: QueryPlan) -> Tensor | None:
+def _steps(call: _Call) -> Tensor | None:
     """Route and attend query by query, in one call on a CPU; None where that is not possible."""
     pages, summary = _native_pages(call), call.index.groups
     if pages is None or call.padding is not None or not isinstance(summary, LowBitSummary):
         return None
-    if call.routing.uses_chunks(call.length) or not 0 < plan.last_window <= summary.groups:
+    if call.routing.uses_chunks(call.length):
         return None
-    spans, scored, attended = _spans(call.routing, call.first, call.query.shape[3])
-    vote = call.routing.vote
+    pieces = [_spans(call.routing, first, count) for first, count in _pieces(call)]
+    spans, vote = torch.cat([piece[0] for piece in pieces]), call.routing.vote
+    if not 0 < int(spans[:, 2].max()) <= summary.groups:
+        return None
     out = summary.steps(pages, call.scaled, call.query.flatten(0, 1), spans, vote, call.scale)
     if out is not None:
-        _count_scored(call, scored)
-        call.use.add_attended(call.kv.rows * attended)
+        _count_scored(call, sum(piece[1] for piece in pieces))
+        call.use.add_attended(call.kv.rows * sum(piece[2] for piece in pieces))
     return out
+
+
+def _pieces(call: _Call) -> list[tuple[int, int]]:
+    """Cut the queries into runs (first, number) whose plans are small enough to be kept."""
+    starts = range(call.first, call.length, _PIECE)
+    return [(first, min(_PIECE, call.length - first)) for first in starts]
 
 
 # All layers of a model take the same steps.
@@ -371,8 +381,7 @@ def _steps(call: _Call, plan: QueryPlan) -> Tensor | None:
 def _spans(routing: Routing, first: int, queries: int) -> tuple[Tensor, int, int]:
     """Return the `Span` of each unpadded query, the groups scored, and the tokens attended to, in one row."""
     plan, size = plan_queries(routing, first, queries, None), routing.group_size
-    between = plan.window - plan.sink_end
-    chosen = torch.where(plan.dense, between, torch.minimum(plan.chosen, between))
+    between, chosen = plan.window - plan.sink_end, plan.taken
     parts = (plan.sink_start, plan.sink_end, plan.window, chosen, plan.visible)
     scored = plan.window * ((chosen > 0) & (chosen < between))
     attended = (plan.sink_end - plan.sink_start + chosen - plan.window) * size + plan.visible
@@ -426,15 +435,15 @@ def _tiles(call: _Call) -> Tensor:
     batch, kv_heads, heads, queries, _ = call.query.shape
     device = call.query.device
     _extend(call)
-    plan = _plan(call, call.first, queries)
-    out = _steps(call, plan)
+    out = _steps(call)
     if out is not None:
-        _count_visible(call, plan)
+        for first, count in _pieces(call):
+            _count_visible(call, _plan(call, first, count))
         folded: Tensor = out.unflatten(0, (batch, kv_heads))
         return folded
     tail, score = call.index.tail, _scorer(call, _groups(call))
     key, value = kv.read(0, call.length)
-    step = min(256, max(16, _TILE_BYTES // (4 * kv.rows * heads * call.length)))
+    step = min(_PIECE, max(16, _TILE_BYTES // (4 * kv.rows * heads * call.length)))
     parts = []
     # From the longest tile down: each then fits where the one before it was, and the heap does not grow.
     for begin in reversed(range(0, queries, step)):

@@ -143,9 +143,8 @@ def _score(
     for place in tl.static_range(PER_BYTE):
         channel = byte * PER_BYTE + place
         of_query = (row * HEADS + head[None, :]) * DIM + channel[:, None]
-        wanted = (channel[:, None] < DIM) & (head[None, :] >= 0)
-        high = tl.load(highs + of_query, mask=wanted, other=0)
-        low = tl.load(lows + of_query, mask=wanted, other=0)
+        high = tl.load(highs + of_query, mask=channel[:, None] < DIM, other=0)
+        low = tl.load(lows + of_query, mask=channel[:, None] < DIM, other=0)
         level = _levels(packed, place, BITS, ASSEMBLY)
         upper = tl.dot(level, high, upper, out_dtype=tl.int32)
         lower = tl.dot(level, low, lower, out_dtype=tl.int32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hga_compile.kernels.triton_score import Masses
 
-__all__ = ["select_groups", "votes_of"]
+__all__ = ["Votes", "select_groups", "votes_of"]
 
 # Entries that one program holds in registers: most often the few are enough.
 _FEW, _MORE = 2**11, 2**14
@@ -26,8 +26,6 @@ class Votes:
     """``[rows, groups]`` float32; infinite for broken groups, -1 for those that are not to choose from."""
     tops: Tensor
     """``[rows, runs]`` float32: the most votes in each run of groups."""
-    run: int
-    """Groups of a run."""
 
 
 def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span: int) -> Votes:
@@ -56,7 +54,7 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together, RUN=run,
         STEP=max(16, min(2048 // padded, triton.next_power_of_2(masses.blocks))), MOST=most, num_warps=4,
     )  # fmt: skip
-    return Votes(votes, tops, run)
+    return Votes(votes, tops)
 
 
 def select_groups(votes: Votes, spans: Tensor, width: int, rows_of_span: int) -> Tensor:

@@ -222,7 +222,7 @@ def choose(
     tops = torch.nn.functional.pad(held, (0, -groups % run), value=-1.0).unflatten(1, (-1, run)).amax(-1)
     table = torch.tensor([[0, sinks, groups, count, groups + window, 0]], dtype=torch.int32, device=place)
     width = sinks + count + window
-    return select_groups(Votes(held, tops.contiguous(), run), table, width, rows).tolist()
+    return select_groups(Votes(held, tops.contiguous()), table, width, rows).tolist()
 
 
 @pytest.mark.parametrize("few", [16, 64, 2048])
