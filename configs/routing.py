@@ -14,6 +14,7 @@ ChunkStage = Literal["auto", "on", "off"]
 Vote = Literal["mass_sum", "mass_max"]
 Tail = Literal["drop", "estimate"]
 Prefill = Literal["routed", "dense"]
+PrefillTile = Literal["auto"] | Annotated[int, Field(ge=1, le=128)]
 # In Python a list may stand for the tuple; what is inside stays strict.
 LayerIndices = Annotated[tuple[int, ...], Field(strict=False)]
 
@@ -29,6 +30,9 @@ class LayerOverride(Settings):
 
     budget: Budget | None = None
     """As `routing.budget`."""
+
+    prefill_budget: Budget | None = None
+    """As `routing.prefill_budget`."""
 
     chunk_budget: Budget | None = None
     """As `routing.chunk_budget`."""
@@ -118,6 +122,15 @@ class Routing(Settings):
     prefill: Prefill = "routed"
     """Whether the queries of a prefill are `routed` too or `dense`."""
 
+    prefill_tile: PrefillTile = "auto"
+    """Queries of a prefill that share a routed set, 1 to 128; `auto`: 64 where a GPU's kernels run, else 1.
+
+    With a shared set all groups are scored: the chunk stage is left out, and `auto` is 1 where that is on.
+    """
+
+    prefill_budget: Budget = Budget(fraction=0.06, tokens=512)
+    """Tokens that the queries of a shared set attend to, in the place of `budget`; never fewer than it."""
+
     centre_tokens: Annotated[int, Field(ge=1)] = 256
     """First keys of the sequence whose mean centres the head's codes; queries before are dense."""
 
@@ -167,6 +180,13 @@ class Routing(Settings):
             Tokens that the query sees causally.
         """
         return max(self.chunk_budget.tokens_for(visible), self.budget.tokens_for(visible))
+
+    def shared(self) -> "Routing":
+        """Return the routing of queries that share a routed set: `prefill_budget` is the budget."""
+        own, wide = self.budget, self.prefill_budget
+        fraction = max((part for part in (own.fraction, wide.fraction) if part is not None), default=None)
+        tokens = max((part for part in (own.tokens, wide.tokens) if part is not None), default=None)
+        return self.model_copy(update={"budget": Budget(fraction=fraction, tokens=tokens)})
 
     def uses_chunks(self, visible: int) -> bool:
         """Say whether chunks are chosen before groups for a query that sees `visible` tokens."""

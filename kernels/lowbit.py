@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels.gpu import encode, usable
+from hga_compile.kernels.coarse import BLOCK, Coarse, TileKeys, average, to_eight_bits
+from hga_compile.kernels.gpu import encode, tile_keys, usable
+from hga_compile.kernels.levels import decode_levels
 from hga_compile.kernels.native import STEP_TOKENS, routed_steps, scan_scores
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
@@ -55,31 +57,6 @@ def encode_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     shifts = torch.arange(per_byte, device=keys.device, dtype=torch.int32) * bits
     packed = (index.view(rows, tokens, -1, per_byte) << shifts).sum(-1)
     return packed.to(torch.uint8).transpose(1, 2), scales.to(torch.float16)
-
-
-def decode_levels(codes: Tensor, bits: int, dim: int) -> Tensor:
-    """Unpack codes to level numbers.
-
-    Parameters
-    ----------
-    codes : Tensor
-        ``[rows, bytes, tokens]`` uint8.
-    bits, dim : int
-        Bits a channel and channels.
-
-    Returns
-    -------
-    Tensor
-        ``[rows, dim, tokens]`` float32, ``0 .. 2**bits - 1``.
-    """
-    rows, _, tokens = codes.shape
-    per_byte, mask = 8 // bits, 2**bits - 1
-    planes = torch.empty(rows, codes.shape[1], per_byte, tokens, dtype=torch.float32, device=codes.device)
-    for place in range(per_byte):
-        part = codes >> (place * bits) if place else codes
-        # The highest channel of a byte has nothing above it to mask away.
-        planes[:, :, place].copy_(part if place == per_byte - 1 else part & mask)
-    return planes.view(rows, -1, tokens)[:, :dim]
 
 
 def decode_keys(codes: Tensor, scales: Tensor, bits: int, dim: int) -> Tensor:
@@ -189,6 +166,26 @@ class LowBitSummary:
         )  # fmt: skip
         return None if out is None else out.transpose(1, 2)
 
+    def tile_keys(self, groups: int, starts: Tensor | None) -> TileKeys:
+        """Return what tiles are routed by (see `summaries.Summary`), rotated."""
+        if self._bytes_last:
+            return tile_keys(self.codes, self.scales, groups, self.group_size, self.bits, self.dim, starts)
+        tokens = groups * self.group_size
+        codes, scales = self.codes[:, :, :tokens], self.scales[:, :tokens]
+        keys = decode_keys(codes, scales, self.bits, self.dim)
+        from_start = torch.arange(max(tokens, BLOCK), device=keys.device).expand(len(keys), -1)
+        if starts is not None:
+            from_start = from_start + starts[:, None]
+        shifted = keys[torch.arange(len(keys))[:, None], from_start.clamp(max=tokens - 1)]
+        whole = shifted.shape[1] // BLOCK * BLOCK
+        parts = (to_eight_bits(shifted[:, :BLOCK]), average(shifted[:, BLOCK:whole], BLOCK))
+        anchors = Coarse(torch.cat([p.values for p in parts], 1), torch.cat([p.steps for p in parts], 1))
+        return TileKeys(average(keys, self.group_size), anchors, codes, scales, self.bits, self.dim)
+
+    def turned(self, query: Tensor) -> Tensor:
+        """Rotate queries ``[..., dim]`` as the keys are."""
+        return query @ rotation(self.dim, query.device)
+
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows`."""
         rows = rows.to(self.codes.device)
@@ -210,7 +207,7 @@ class LowBitSummary:
 
     def _turned(self, query: Tensor) -> Tensor:
         """Rotate queries as the keys are, to ``[rows, heads * queries, dim]``."""
-        return query.reshape(query.shape[0], -1, query.shape[3]) @ rotation(self.dim, query.device)
+        return self.turned(query.reshape(query.shape[0], -1, query.shape[3]))
 
 
 @register_summary("lowbit")

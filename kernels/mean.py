@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
+from hga_compile.kernels.coarse import TileKeys, average
+from hga_compile.kernels.gpu import coarse_means, usable
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
 __all__ = ["MeanSummary"]
@@ -51,6 +53,18 @@ class MeanSummary:
             return flat.view(rows, heads, queries, limit, 1)
 
         return score
+
+    def tile_keys(self, groups: int, starts: Tensor | None) -> TileKeys:
+        """Return what tiles are routed by (see `summaries.Summary`): the means."""
+        if usable(self.means.device, self.means.dtype, self.means.shape[2]):
+            means = coarse_means(self.means, groups)
+        else:
+            means = average(self.means[:, :groups].float(), 1)
+        return TileKeys(means, means)
+
+    def turned(self, query: Tensor) -> Tensor:
+        """Return queries as they are: means are not rotated."""
+        return query
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from hga_compile.configs.budget import Budget, Window
 from hga_compile.configs.routing import Routing
 
-__all__ = ["QueryPlan", "plan_queries", "tokens_for"]
+__all__ = ["QueryPlan", "per_row", "plan_queries", "tokens_for"]
 
 # The same guard against rounding up 0.07 * 100 as configs.budget has.
 _ROUNDING = 1.0 - 1e-12
@@ -64,8 +64,10 @@ def tokens_for(share: Budget | Window, whole: Tensor) -> Tensor:
     return torch.maximum(part, least)
 
 
-def plan_queries(routing: Routing, first: int, queries: int, key_mask: Tensor | None) -> QueryPlan:
-    """Plan `queries` queries at positions ``first, first + 1, ...``.
+def plan_queries(
+    routing: Routing, first: int, queries: int, key_mask: Tensor | None, every: int = 1
+) -> QueryPlan:
+    """Plan `queries` queries at positions ``first, first + every, ...``.
 
     Parameters
     ----------
@@ -74,7 +76,9 @@ def plan_queries(routing: Routing, first: int, queries: int, key_mask: Tensor | 
     first, queries : int
         Position of the first query and their number.
     key_mask : Tensor or None
-        ``[batch, first + queries]`` bool on the CPU, True for real tokens; None: all are real.
+        ``[batch, tokens]`` bool on the CPU, True for real tokens up to the last query; None: all are real.
+    every : int
+        Distance from one query to the next.
 
     Returns
     -------
@@ -82,27 +86,27 @@ def plan_queries(routing: Routing, first: int, queries: int, key_mask: Tensor | 
         On the CPU. Shared between callers: not to be written to.
     """
     if key_mask is None:
-        return _plan_unmasked(routing, first, queries)
-    visible = key_mask.cumsum(1)[:, first:]
+        return _plan_unmasked(routing, first, queries, every)
+    visible = key_mask.cumsum(1)[:, first : first + queries * every : every]
     start = key_mask.to(torch.int8).argmax(1, keepdim=True)
-    return _plan(routing, first, queries, visible, start, unpadded=False)
+    return _plan(routing, first, every, visible, start, unpadded=False)
 
 
 # All layers of a model plan the same queries: one tile or step is worked out once.
 @lru_cache(maxsize=512)
-def _plan_unmasked(routing: Routing, first: int, queries: int) -> QueryPlan:
-    visible = torch.arange(first + 1, first + queries + 1, device="cpu")[None]
-    return _plan(
-        routing, first, queries, visible, torch.zeros(1, 1, dtype=torch.int64, device="cpu"), unpadded=True
-    )
+def _plan_unmasked(routing: Routing, first: int, queries: int, every: int) -> QueryPlan:
+    visible = torch.arange(first + 1, first + queries * every + 1, every, device="cpu")[None]
+    start = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    return _plan(routing, first, every, visible, start, unpadded=True)
 
 
 def _plan(
-    routing: Routing, first: int, queries: int, visible: Tensor, start: Tensor, *, unpadded: bool
+    routing: Routing, first: int, every: int, visible: Tensor, start: Tensor, *, unpadded: bool
 ) -> QueryPlan:
     """Build the plan from the visible tokens and the first real token (``[batch or 1, 1]``) of each row."""
     group = routing.group_size
-    end = torch.arange(first + 1, first + queries + 1, device="cpu")[None]
+    queries = visible.shape[1]
+    end = torch.arange(first + 1, first + queries * every + 1, every, device="cpu")[None]
     budget = torch.minimum(tokens_for(routing.budget, visible), visible)
     window = (end - tokens_for(routing.window, budget)).clamp(min=0) // group
     # Past the first sink the window may already begin: nothing is counted twice.
@@ -113,7 +117,7 @@ def _plan(
     early = visible <= routing.centre_tokens  # the codes' centre is made of these keys
     dense = early | (budget >= visible) | (visible <= routing.dense_below)
     kept = torch.maximum(tokens_for(routing.chunk_budget, visible), budget)
-    last = first + queries
+    last = first + (queries - 1) * every + 1
     return QueryPlan(
         first=first,
         visible=visible,
@@ -128,3 +132,11 @@ def _plan(
         certain=int(window.min()) if unpadded else 0,
         last_window=int(window.max()),
     )
+
+
+def per_row(part: Tensor, rows: int, device: torch.device) -> Tensor:
+    """Spread a field of a plan over rows: ``[batch or 1, queries]`` to ``[rows or 1, queries, 1]``."""
+    part = part.to(device)
+    if len(part) > 1:
+        part = part.repeat_interleave(rows // len(part), 0)
+    return part[..., None]

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.chunks import ChunkSummary
-from hga_compile.kernels.plan import QueryPlan
+from hga_compile.kernels.plan import QueryPlan, per_row
 from hga_compile.kernels.summaries import Scorer
 
-__all__ = ["Chosen", "choose_groups", "merge_votes", "per_row"]
+__all__ = ["Chosen", "choose_groups", "merge_votes"]
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,3 @@ def _keep_chunks(
     keep = (keep | ~complete | short).repeat_interleave(per_chunk, -1)[..., :groups]
     tail = torch.ones(*keep.shape[:-1], groups - keep.shape[-1], dtype=torch.bool, device=keep.device)
     return torch.cat([keep, tail], -1)
-
-
-def per_row(part: Tensor, rows: int, device: torch.device) -> Tensor:
-    """Spread a field of a plan over rows: ``[batch or 1, queries]`` to ``[rows or 1, queries, 1]``."""
-    part = part.to(device)
-    if len(part) > 1:
-        part = part.repeat_interleave(rows // len(part), 0)
-    return part[..., None]

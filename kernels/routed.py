@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Protocol
 from weakref import ref
 
@@ -11,21 +11,24 @@ from torch import Tensor
 
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.attend import attend_full, attend_gathered, attend_masked, routed_mask
-from hga_compile.kernels.gpu import decode_step, spans_of, usable
+from hga_compile.kernels.gpu import decode_step, prefill_tiles, spans_of, tile_spans, usable
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
 from hga_compile.kernels.lowbit import LowBitSummary
 from hga_compile.kernels.native import attend_pages
-from hga_compile.kernels.plan import QueryPlan, plan_queries
-from hga_compile.kernels.route import Chosen, choose_groups, per_row
+from hga_compile.kernels.plan import QueryPlan, per_row, plan_queries
+from hga_compile.kernels.route import Chosen, choose_groups
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.summaries import Scorer
 from hga_compile.kernels.tail import attend_gathered_with_tail, attend_masked_with_tail
+from hga_compile.kernels.tiles import Tiles, plan_tiles, shared_groups
 
 __all__ = ["KeyValues", "Padding", "routed_attention"]
 
 # Bytes of the largest score tile of a prefill; bounds its memory whatever the context.
 _TILE_BYTES = 2**26
+# Queries that share a routed set, unless the profile says otherwise.
+_SHARED = 64
 # Queries that are planned together.
 _PIECE = 256
 
@@ -98,6 +101,11 @@ class Padding:
         if bool(host.all()):
             return None
         return Padding(mask, bool((host[:, 1:] >= host[:, :-1]).all()), host)
+
+    def starts(self, length: int) -> Tensor:
+        """Return the first real token of each sequence, `length` without one: ``[batch, 1]`` on the CPU."""
+        first = self.host.to(torch.int8).argmax(1, keepdim=True)
+        return first.masked_fill(~self.host.any(1, keepdim=True), length)
 
     def rows(self, rows: int) -> Tensor:
         """Return the mask per row, ``[rows, tokens]``."""
@@ -328,10 +336,7 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
         return None
     if padding is not None and not routing.sinks:
         return None  # the tokens of a group that begins with padding could not be counted without a wait
-    starts = None
-    if padding is not None:
-        starts = padding.host.to(torch.int8).argmax(1, keepdim=True)
-        starts = starts.masked_fill(~padding.host.any(1, keepdim=True), call.length)
+    starts = None if padding is None else padding.starts(call.length)
     spans = spans_of(routing, plan, starts, call.query.device)
     query = call.query.flatten(0, 1)[:, :, 0].to(pages.dtype)
     out, groups = decode_step(
@@ -435,13 +440,16 @@ def _tiles(call: _Call) -> Tensor:
     batch, kv_heads, heads, queries, _ = call.query.shape
     device = call.query.device
     _extend(call)
+    size = _tile_size(call)
+    if size > 1:
+        return _shared_tiles(call, size)
     out = _steps(call)
     if out is not None:
         for first, count in _pieces(call):
             _count_visible(call, _plan(call, first, count))
         folded: Tensor = out.unflatten(0, (batch, kv_heads))
         return folded
-    tail, score = call.index.tail, _scorer(call, _groups(call))
+    score = _scorer(call, _groups(call))
     key, value = kv.read(0, call.length)
     step = min(_PIECE, max(16, _TILE_BYTES // (4 * kv.rows * heads * call.length)))
     parts = []
@@ -460,34 +468,133 @@ def _tiles(call: _Call) -> Tensor:
         scaled = call.scaled[:, :, begin:stop]
         chosen = _choose(call, plan, scaled, min(plan.last_window, _groups(call)), score)
         allowed = routed_mask(chosen.groups, chosen.kept, fixed, dense, group, tokens)
-        position = torch.arange(first, tokens, device=device)[:, None]
-        visible = (torch.arange(tokens, device=device) <= position)[None]
-        if call.padding is not None:
-            visible = visible & call.padding.rows(kv.rows)[:, None, :tokens]
-        allowed &= visible
-        call.use.add_attended(torch.count_nonzero(allowed))
-        if LEDGER.wants(call.layer):
-            padded = torch.nn.functional.pad(allowed, (0, -tokens % group))
-            _record(call, first, padded.unflatten(-1, (-1, group)).any(-1))
-        if tail is None:
-            part = attend_masked(
-                call.query[:, :, :, begin:stop],
-                key[:, :tokens].unflatten(0, (batch, kv_heads)),
-                value[:, :tokens].unflatten(0, (batch, kv_heads)),
-                allowed.unflatten(0, (batch, kv_heads)),
-                call.scale,
-                call.scoring,
-            )
-        else:
-            ends = torch.arange(first + 1, tokens + 1, device=device)[None]
-            counted = _counted_chunks(call, tail.chunks, ends).repeat_interleave(tail.chunk_size, -1)
-            counted = torch.nn.functional.pad(counted, (0, max(0, tokens - counted.shape[-1])))[..., :tokens]
-            part = attend_masked_with_tail(
-                scaled, key[:, :tokens], value[:, :tokens], allowed, counted & visible & ~allowed, tail
-            )
-            part = part.unflatten(0, (batch, kv_heads)).to(call.query.dtype)
-        parts.append(part)
+        parts.append(_attend_allowed(call, key, value, allowed, begin, stop))
     return torch.cat(parts[::-1], 3)
+
+
+def _attend_allowed(
+    call: _Call, key: Tensor, value: Tensor, allowed: Tensor, begin: int, stop: int
+) -> Tensor:
+    """Attend from queries `begin` to `stop` to those of the allowed tokens that they see."""
+    (batch, kv_heads), rows, group = call.query.shape[:2], call.kv.rows, call.routing.group_size
+    first, tokens, device, tail = call.first + begin, call.first + stop, call.query.device, call.index.tail
+    position = torch.arange(first, tokens, device=device)[:, None]
+    visible = (torch.arange(tokens, device=device) <= position)[None]
+    if call.padding is not None:
+        visible = visible & call.padding.rows(rows)[:, None, :tokens]
+    allowed = allowed & visible
+    call.use.add_attended(torch.count_nonzero(allowed))
+    if LEDGER.wants(call.layer):
+        padded = torch.nn.functional.pad(allowed, (0, -tokens % group))
+        _record(call, first, padded.unflatten(-1, (-1, group)).any(-1))
+    if tail is None:
+        return attend_masked(
+            call.query[:, :, :, begin:stop],
+            key[:, :tokens].unflatten(0, (batch, kv_heads)),
+            value[:, :tokens].unflatten(0, (batch, kv_heads)),
+            allowed.unflatten(0, (batch, kv_heads)),
+            call.scale,
+            call.scoring,
+        )
+    ends = torch.arange(first + 1, tokens + 1, device=device)[None]
+    counted = _counted_chunks(call, tail.chunks, ends).repeat_interleave(tail.chunk_size, -1)
+    counted = torch.nn.functional.pad(counted, (0, max(0, tokens - counted.shape[-1])))[..., :tokens]
+    scaled = call.scaled[:, :, begin:stop]
+    part = attend_masked_with_tail(
+        scaled, key[:, :tokens], value[:, :tokens], allowed, counted & visible & ~allowed, tail
+    )
+    out: Tensor = part.unflatten(0, (batch, kv_heads)).to(call.query.dtype)
+    return out
+
+
+def _tile_size(call: _Call) -> int:
+    """Say how many queries of a prefill share a routed set."""
+    size = call.routing.prefill_tile
+    if size != "auto":
+        return int(size)
+    return _SHARED if _gpu_tiles_cover(call) else 1
+
+
+def _gpu_tiles_cover(call: _Call) -> bool:
+    """Say whether the tiles of a prefill can run in Triton kernels."""
+    key, padding = call.kv.read(0, 0), call.padding
+    channels = max(part.shape[2] for part in key)
+    heads, size = call.query.shape[2], call.routing.group_size
+    return (
+        usable(call.query.device, call.query.dtype, channels, heads, size)
+        and call.index.tail is None
+        and call.index.groups is not None
+        and call.routing.chunk_stage != "on"
+        # Without sinks the tokens of a group that begins with padding could not be counted.
+        and (padding is None or (padding.left and call.routing.sinks > 0))
+    )
+
+
+def _shared_tiles(call: _Call, size: int) -> Tensor:
+    """Many queries in tiles: route each tile once, attend exactly from each of its queries."""
+    routing, summary, padding = call.routing, call.index.groups, call.padding
+    rows, queries = call.kv.rows, call.query.shape[3]
+    tiles = plan_tiles(routing, call.first, queries, None if padding is None else padding.host, size)
+    for first, count in _pieces(call):
+        _count_visible(call, _plan(call, first, count))
+    needed = tiles.plan.last_window
+    starts = None if padding is None else padding.starts(call.length)
+    keys = None
+    if summary is not None and 0 < needed <= summary.groups:
+        begun = None
+        if starts is not None:
+            # An index into groups that are there: a row of nothing but padding has no vote.
+            begun = (starts // routing.group_size).clamp(max=needed - 1) * routing.group_size
+            begun = begun[:, 0].repeat_interleave(rows // len(begun)).to(call.query.device)
+        keys = summary.tile_keys(needed, begun)
+    if keys is not None:
+        _count_scored(call, int(tiles.plan.window.sum()) * (rows // len(tiles.plan.window)) // rows)
+    key, value = call.kv.read(0, call.length)
+    if keys is not None and _gpu_tiles_cover(call):
+        call.use.add_attended(
+            tiles.attended(call.first, queries, starts) * (rows // (1 if starts is None else len(starts)))
+        )
+        record = partial(_record_tiles, call, tiles) if LEDGER.wants(call.layer) else None
+        key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (key, value))
+        spans = tile_spans(tiles, keys.refined, starts, call.query.device)
+        return prefill_tiles(
+            key, value, keys, call.query, spans, tiles, first=call.first, routing=routing,
+            scale=call.scale, scoring=call.scoring, listed=record,
+        )  # fmt: skip
+    real = None
+    if padding is not None:
+        whole = call.length // routing.group_size
+        real = padding.rows(rows)[:, : whole * routing.group_size].unflatten(-1, (whole, -1)).any(-1)
+    turned = call.scaled if summary is None else summary.turned(call.scaled)
+    parts = []
+    for number in range(tiles.number):
+        begin = max(0, (tiles.first + number) * size - call.first)
+        stop = min(queries, (tiles.first + number + 1) * size - call.first)
+        tokens = call.first + stop
+        marks = shared_groups(turned[:, :, begin:stop], keys, tiles, number, routing.vote, real)
+        allowed = marks.repeat_interleave(routing.group_size, -1)[:, None, :tokens].expand(rows, -1, -1)
+        parts.append(_attend_allowed(call, key, value, allowed, begin, stop))
+    return torch.cat(parts, 3)
+
+
+def _record_tiles(call: _Call, tiles: Tiles, number: int, groups: Tensor) -> None:
+    """Record which groups the queries of a run of tiles attended to."""
+    size, rows = call.routing.group_size, groups.shape[1]
+    starts = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    starts = (starts if call.padding is None else call.padding.starts(call.length)).to(groups.device)
+    for place, listed in enumerate(groups.unbind(0)):
+        tile = number + place
+        many = per_row(tiles.listed[:, tile : tile + 1], rows, groups.device)[:, 0]
+        inside = torch.arange(listed.shape[1], device=listed.device) < many
+        marks = torch.zeros(rows, -(-call.length // size), dtype=torch.int32, device=listed.device)
+        marks.scatter_add_(-1, listed.long().masked_fill(~inside, 0), inside.int())
+        first = max(call.first, (tiles.first + tile) * tiles.size)
+        stop = min(call.length, (tiles.first + tile + 1) * tiles.size)
+        token = torch.arange(marks.shape[1] * size, device=listed.device)
+        position = torch.arange(first, stop, device=listed.device)[:, None]
+        visible = (token <= position)[None] & (token >= starts[..., None])
+        visible = visible.unflatten(-1, (-1, size)).any(-1).repeat_interleave(rows // len(starts), 0)
+        _record(call, first, (marks > 0)[:, None] & visible)
 
 
 def _plan(call: _Call, first: int, queries: int) -> QueryPlan:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
+from hga_compile.kernels.coarse import TileKeys
 
 __all__ = ["Scorer", "Summary", "make_summary", "register_summary"]
 
@@ -32,6 +33,15 @@ class Summary(Protocol):
 
     def scorer(self, groups: int) -> Scorer:
         """Return the scoring function of the first `groups` groups, unpacked once for many queries."""
+
+    def tile_keys(self, groups: int, starts: Tensor | None) -> TileKeys:
+        """Return what tiles of queries are routed by: of the first `groups` groups, at least one.
+
+        `starts` is ``[rows]`` int64: the first token of each row's first group that is not padding; None: 0.
+        """
+
+    def turned(self, query: Tensor) -> Tensor:
+        """Rotate queries ``[..., dim]`` as the vectors of `tile_keys` are."""
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by ``rows`` (int64 indices): beam search, batch repeat."""

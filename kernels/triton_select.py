@@ -57,7 +57,9 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
     return Votes(votes, tops)
 
 
-def select_groups(votes: Votes, spans: Tensor, width: int, rows_of_span: int) -> Tensor:
+def select_groups(
+    votes: Votes, spans: Tensor, width: int, rows_of_span: int, names: Tensor | None = None
+) -> Tensor:
     """List the groups of sinks, those with the most votes, and the window, ascending.
 
     Of groups with equal votes the first ones are taken.
@@ -72,6 +74,8 @@ def select_groups(votes: Votes, spans: Tensor, width: int, rows_of_span: int) ->
         Groups of the longest list.
     rows_of_span : int
         Rows that a line of `spans` is for.
+    names : Tensor or None
+        ``[rows, groups]`` int32, ascending: the groups that are voted for; None: all, in their order.
 
     Returns
     -------
@@ -91,7 +95,7 @@ def select_groups(votes: Votes, spans: Tensor, width: int, rows_of_span: int) ->
     _count[(parts, rows)](votes.votes, least, counts, groups, parts, PART=_PART, num_warps=4)
     left, shape = torch.empty(2, rows, groups, **kind), {"PARTS": triton.next_power_of_2(parts)}
     _keep[(parts, rows)](
-        votes.votes, least, counts, left[0], left[1], groups, parts, PART=_PART, **shape, num_warps=4
+        votes.votes, least, counts, left[0], left[1], names, groups, parts, PART=_PART, **shape, num_warps=4
     )
     chosen = torch.empty(rows, width, **kind)
     _select[(rows,)](
@@ -263,7 +267,7 @@ def _count(votes, least, counts, groups, parts, PART: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["groups", "parts"])
-def _keep(votes, least, counts, keys, numbers, groups, parts, PART: tl.constexpr, PARTS: tl.constexpr):
+def _keep(votes, least, counts, keys, numbers, names, groups, parts, PART: tl.constexpr, PARTS: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     part = tl.arange(0, PARTS)
     before = tl.sum(tl.load(counts + row * parts + part, mask=part < tl.program_id(0), other=0), 0)
@@ -273,4 +277,6 @@ def _keep(votes, least, counts, keys, numbers, groups, parts, PART: tl.constexpr
     kept = key >= tl.load(least + row)
     at = row * groups + before + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(keys + at, key, mask=kept)
+    if names is not None:
+        group = tl.load(names + row * groups + group, mask=kept, other=0)
     tl.store(numbers + at, group, mask=kept)

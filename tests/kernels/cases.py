@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = {
     "chunk_budget": Budget(tokens=48),
     "auto_chunk_tokens": 100,
     "chunk_stage": "off",
+    "prefill_tile": 1,
     "centre_tokens": 16,
     "dense_below": 40,
 }

@@ -1,0 +1,296 @@
+"""The Triton kernels of a prefill in tiles against their references: on a GPU, or in Triton's interpreter."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from cases import inputs, left_padding, routing, run_steps, run_whole
+from torch import Tensor
+
+from hga_compile.configs.budget import Budget, Window
+from hga_compile.configs.routing import Routing
+from hga_compile.kernels import coarse, gpu
+from hga_compile.kernels.lowbit import LowBitSummary, encode_keys
+from hga_compile.kernels.rotation import rotation
+from hga_compile.kernels.scoring import Scoring
+from hga_compile.kernels.tiles import Tiles, plan_tiles, shared_groups
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available()
+large = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+# The interpreter has no bfloat16: numpy knows none.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+
+
+def interpreter_counts() -> bool:
+    """Say whether the interpreter runs loops to a count known at run time: old ones need old numpy."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+
+
+@pytest.fixture
+def place() -> torch.device:
+    if not CUDA and not INTERPRETED:
+        pytest.skip("needs a CUDA device (the last test runs some of these in Triton's interpreter)")
+    if not CUDA and not interpreter_counts():
+        pytest.skip("this Triton's interpreter does not run loops to a count known at run time")
+    torch.manual_seed(0)
+    return torch.device("cuda", 0) if CUDA else torch.device("cpu")
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values with the heads between tokens and channels, as models make them."""
+    return tensor.transpose(-2, -3).contiguous().transpose(-2, -3)
+
+
+def keep(lists: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
+    """Put the lists of a run of tiles into `lists`, by tile."""
+
+    def listed(number: int, groups: Tensor) -> None:
+        lists.update({number + place: part.clone() for place, part in enumerate(groups)})
+
+    return listed
+
+
+def marks_of(tiles: Tiles, lists: dict[int, Tensor], number: int, kv_heads: int) -> Tensor:
+    """Mark the groups on a tile's lists, ``[rows, groups]``; checks that they ascend."""
+    chosen = lists[number]
+    marks = torch.zeros(len(chosen), int(tiles.last[0, number]), dtype=torch.bool, device=chosen.device)
+    for row, listed in enumerate(chosen.long()):
+        listed = listed[: int(tiles.listed[row // kv_heads if len(tiles.last) > 1 else 0, number])]
+        assert bool((listed[1:] > listed[:-1]).all())
+        marks[row, listed] = True
+    return marks
+
+
+def check(
+    place: torch.device,
+    batch: int = 1,
+    kv_heads: int = 2,
+    heads: int = 3,
+    dim: int = 16,
+    v_dim: int = 16,
+    tokens: int = 200,
+    first: int = 70,
+    tile: int = 16,
+    dtype: torch.dtype = torch.float32,
+    size: int = 4,
+    bits: int = 2,
+    vote: str = "mass_sum",
+    fraction: float = 0.2,
+    summary: str = "lowbit",
+    scoring: Scoring | None = None,
+    pads: list[int] | None = None,
+    dense_below: int = 0,
+) -> None:
+    """Run a prefill; each tile is routed to groups that no other beats, what it attends to is exact."""
+    scoring, rows, scale = scoring or Scoring(), batch * kv_heads, dim**-0.5
+    setting = Routing(
+        group_size=size, bits=bits, vote=vote, budget=Budget(tokens=8), window=Window(tokens=6),
+        prefill_budget=Budget(fraction=fraction, tokens=24), dense_below=dense_below, centre_tokens=8,
+    )  # fmt: skip
+    key, value = (spread(torch.randn(rows, tokens, part, device=place).to(dtype)) for part in (dim, v_dim))
+    query = spread(2 * torch.randn(batch, kv_heads, heads, tokens - first, dim, device=place)).to(dtype)
+    starts = None if pads is None else torch.tensor(pads)[:, None]
+    mask = None if starts is None else torch.arange(tokens) >= starts
+    tiles = plan_tiles(setting, first, tokens - first, mask, tile)
+    known, turn = tiles.plan.last_window, summary == "lowbit"
+    rotate = rotation(dim, place) if turn else torch.eye(dim, device=place)
+    if turn:
+        codes, scales = encode_keys(key.float() @ rotate, bits)
+        here = LowBitSummary(setting, torch.zeros(rows, dim, device=place))
+        here._codes, here.scales, here.groups = codes, scales, known
+        wide = torch.full((rows, tokens + 3, codes.shape[1]), 255, dtype=torch.uint8, device=place)
+        wide[:, :tokens] = codes.transpose(1, 2)
+        begun = None
+        if starts is not None:
+            begun = (starts[:, 0] // size * size).clamp(max=known * size - size).repeat_interleave(kv_heads)
+            begun = begun.to(place)
+        here._bytes_last = False
+        reference = here.tile_keys(known, begun)
+        made = gpu.tile_keys(wide.transpose(1, 2), scales, known, size, bits, dim, begun)
+    else:
+        means = key.float()[:, : known * size].unflatten(1, (-1, size)).mean(2).to(torch.float16)
+        there, here = gpu.coarse_means(means, known), coarse.average(means.float(), 1)
+        made, reference = coarse.TileKeys(there, there), coarse.TileKeys(here, here)
+    for there, want in ((made.means, reference.means), (made.anchors, reference.anchors)):
+        assert bool((there.values[..., dim:].float() == 0).all())
+        count = min(there.steps.shape[1], want.steps.shape[1])
+        torch.testing.assert_close(
+            (there.values[..., :dim].float() * there.steps[..., None])[:, :count],
+            (want.values * want.steps[..., None])[:, :count],
+        )
+
+    lists: dict[int, Tensor] = {}
+    out = gpu.prefill_tiles(
+        key, value, made, query, gpu.tile_spans(tiles, turn, starts, place), tiles, first=first,
+        routing=setting, scale=scale, scoring=scoring,
+        listed=keep(lists),
+    )  # fmt: skip
+    assert out.dtype == dtype and out.shape == (batch, kv_heads, heads, tokens - first, v_dim)
+    turned = (query.float() * scale).flatten(0, 1) @ rotate
+    real = None
+    if mask is not None:
+        groups = tokens // size
+        real = (
+            mask.repeat_interleave(kv_heads, 0)[:, : groups * size]
+            .unflatten(-1, (groups, size))
+            .any(-1)
+            .to(place)
+        )
+    attended = differing = routed = 0
+    for number in range(tiles.number):
+        begin = max(0, (tiles.first + number) * tile - first)
+        stop = min(tokens - first, (tiles.first + number + 1) * tile - first)
+        end = first + stop
+        marks = marks_of(tiles, lists, number, kv_heads)
+        wanted = shared_groups(turned[:, :, begin:stop], reference, tiles, number, vote, real).expand(
+            rows, -1
+        )
+        token = torch.arange(end, device=place)
+        visible = token <= torch.arange(first + begin, end, device=place)[:, None]
+        visible = (
+            visible[None]
+            if mask is None
+            else visible & mask.to(place).repeat_interleave(kv_heads, 0)[:, None, :end]
+        )
+        seen = torch.nn.functional.pad(visible.any(1), (0, -end % size)).unflatten(-1, (-1, size)).any(-1)
+        differing += int(((marks != wanted) & seen).sum())
+        routed += int((wanted & seen).sum())
+        allowed = marks.repeat_interleave(size, -1)[:, None, :end] & visible
+        attended += int(allowed.sum())
+        parts = [query.flatten(0, 1)[:, :, begin:stop], key[:, None, :end], value[:, None, :end]]
+        logits = None if scoring.sinks is None else scoring.sinks.view(kv_heads, heads).repeat(batch, 1)
+        want, eager = (
+            attention(*(part.to(kind) for part in parts), allowed, scale, scoring.softcap, logits)
+            for kind in (torch.float64, dtype)
+        )
+        got = out.flatten(0, 1)[:, :, begin:stop].double()
+        bound = (eager.double() - want).abs().max() * 1.5 + 4 * torch.finfo(
+            torch.float32
+        ).eps * want.abs().max()
+        assert (got - want).abs().max() <= bound
+    # Rounding of the 8-bit floats may change which of two groups with nearly equal votes is taken.
+    assert differing <= 2 + 0.02 * routed
+    assert tiles.attended(first, tokens - first, starts) * (rows // len(tiles.last)) == attended
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention to allowed tokens in the dtype that it is given."""
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~allowed[:, None], -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores)[..., None, None].expand(*scores.shape[:3], 1)], -1)
+    weight = torch.softmax(scores, -1).nan_to_num()
+    return (weight if sinks is None else weight[..., :-1]) @ value
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "v_dim"), [(16, 16), (20, 12), (64, 64)])
+def test_a_prefill_is_exact_attention_to_the_groups_with_the_most_votes(place, dtype, dim, v_dim):
+    check(place, dtype=dtype, dim=dim, v_dim=v_dim, tokens=150)
+
+
+@pytest.mark.parametrize(("bits", "vote"), [(1, "mass_sum"), (4, "mass_max"), (8, "mass_sum")])
+def test_every_width_of_codes_and_every_vote(place, bits, vote):
+    check(place, bits=bits, vote=vote, tokens=150)
+
+
+@pytest.mark.parametrize("summary", ["lowbit", "mean"])
+@pytest.mark.parametrize("size", [1, 16])
+def test_every_group_size_and_summary(place, size, summary):
+    check(place, size=size, summary=summary, tokens=150, fraction=0.4)
+
+
+@pytest.mark.parametrize(("heads", "tile"), [(1, 64), (8, 16), (16, 5)])
+def test_every_number_of_heads_and_queries_in_a_tile(place, heads, tile):
+    check(place, heads=heads, tile=tile, tokens=150)
+
+
+def test_rows_with_padding_soft_cap_and_sinks(place):
+    check(place, batch=3, pads=[0, 75, 140], scoring=Scoring(5.0, torch.randn(6, device=place)))
+
+
+def test_a_prompt_from_its_beginning_with_dense_queries(place):
+    check(place, first=0, dense_below=60)
+
+
+@large
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "heads"), [(64, 3), (80, 1), (96, 4), (128, 8), (256, 2)])
+def test_the_sizes_that_models_have(place, dtype, dim, heads):
+    check(place, dim=dim, v_dim=dim, heads=heads, tokens=2500, first=300, tile=64, dtype=dtype, fraction=0.1)
+
+
+@large
+def test_runs_of_tiles_are_joined(place, monkeypatch):
+    monkeypatch.setattr(gpu, "_RUN_BYTES", 12 * 2 * 400 * 3)
+    check(place, tokens=1600, first=0, tile=32, dtype=torch.float16, dense_below=100)
+
+
+@large
+@pytest.mark.parametrize("summary", ["lowbit", "mean"])
+def test_the_ops_give_what_they_give_on_a_cpu(place, summary):
+    setting = routing(prefill_tile=16, summary=summary, prefill_budget=Budget(fraction=0.2, tokens=32))
+    given = inputs(tokens=300, batch=2, mask=left_padding([300, 215], 300))
+    real = given.mask[:, None, :, None]
+    for steps in (None, [100, 200]):
+        here, there = (
+            (run_whole(setting, one) if steps is None else run_steps(setting, one, steps)).cpu()
+            for one in (given, given.to(place))
+        )
+        difference = ((here - there).abs() * real).amax((1, 2, 3))
+        # A group whose vote is nearly another's may be taken in its place.
+        assert float((difference > 1e-4).float().mean()) <= 0.5
+        assert float(((here - there).abs() * real > 1e-4).float().mean()) < 0.02
+
+
+def test_a_broken_key_is_attended_to(place):
+    setting = Routing(
+        budget=Budget(tokens=8), prefill_budget=Budget(tokens=48), dense_below=0, centre_tokens=8
+    )
+    key, value = torch.randn(2, 1, 160, 16, device=place).unbind()
+    query = torch.randn(1, 1, 2, 160, 16, device=place)
+    key[0, 61, 3] = math.nan
+    codes, scales = encode_keys(key @ rotation(16, place), 2)
+    scales[0, 61] = math.nan
+    tiles = plan_tiles(setting, 0, 160, None, 16)
+    lists: dict[int, Tensor] = {}
+    made = gpu.tile_keys(codes.transpose(1, 2).contiguous().transpose(1, 2), scales, 38, 4, 2, 16, None)
+    gpu.prefill_tiles(
+        key, value, made, query, gpu.tile_spans(tiles, True, None, place), tiles, first=0,
+        routing=setting, scale=0.25, listed=keep(lists),
+    )  # fmt: skip
+    for number in range(6, 10):
+        assert bool(marks_of(tiles, lists, number, 1)[0, 61 // 4])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="runs directly")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_kernels_in_the_interpreter():
+    if not interpreter_counts():
+        pytest.skip("this Triton's interpreter does not run loops to a count known at run time")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
+        capture_output=True, text=True, env=environment, timeout=900, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
