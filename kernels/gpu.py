@@ -1,4 +1,4 @@
-"""What runs in Triton on a GPU, with no wait for it in between: a decode step, and encoding keys.
+"""What runs in Triton on a GPU, with no wait for it in between: a decode step, and summarising keys.
 
 The modules of the kernels import Triton, which not every machine has: they are imported here, when used.
 """
@@ -14,9 +14,35 @@ from hga_compile.configs.routing import Routing
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.scoring import PLAIN, Scoring
 
-__all__ = ["Spans", "decode_step", "encode", "load_rows", "spans_of", "store_rows", "usable"]
+__all__ = [
+    "ChunkSpans",
+    "Spans",
+    "decode_step",
+    "encode",
+    "load_rows",
+    "spans_of",
+    "store_means",
+    "store_rows",
+    "usable",
+]
 
 _MOST_CHANNELS, _MOST_HEADS = 256, 64
+
+
+@dataclass(frozen=True)
+class ChunkSpans:
+    """Which chunks one query without padding keeps, on the GPU."""
+
+    table: Tensor
+    """``[1, 6]`` int32: `Spans.table` for chunks; their window is the chunk that the groups' begins in."""
+    width: int
+    """Chunks kept, and that one if it has groups before the window."""
+    chunks: int
+    """Chunks before the window."""
+    groups: int
+    """Groups of kept chunks, those of the window left out."""
+    chosen: int
+    """Groups to choose among these."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,8 @@ class Spans:
     """Groups before the last window."""
     attended: int
     """Tokens attended to in one row of each line, summed over the lines."""
+    chunks: ChunkSpans | None = None
+    """Which chunks are kept first; None: all of them."""
 
     def listed(self, rows: int) -> Tensor:
         """Return how long the list of each row is, ``[rows, 1]``."""
@@ -94,9 +122,28 @@ def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.devi
     table = torch.cat([part.expand(len(plan.window), 1) for part in parts], 1).to(torch.int32)
     # Of the first sink group and the last one not all tokens are there.
     tokens = lists * size - (starts - plan.sink_start * size).clamp(min=0) - -(plan.first + 1) % size
+    width, attended, chunks = int(lists.max()), int(tokens.sum()), None
+    if len(table) == 1 and not bool(starts.any()) and routing.uses_chunks(plan.first + 1):
+        chunks = _chunk_spans(routing, plan, device)
+    return Spans(_sent(table, device), width, plan.last_window, attended, chunks)
+
+
+def _chunk_spans(routing: Routing, plan: QueryPlan, device: torch.device) -> ChunkSpans | None:
+    """Plan level 1 of one query without padding; None where it keeps all chunks, or nothing is chosen."""
+    per_chunk = routing.chunk_size // routing.group_size
+    (chunks, rest), chosen = divmod(plan.last_window, per_chunk), int(plan.taken)
+    kept = int(plan.chunks)
+    if kept >= chunks or chosen == 0:
+        return None
+    last = chunks + (rest > 0)
+    table = torch.tensor([[0, 0, chunks, kept, last, 0]], dtype=torch.int32, device="cpu")
+    return ChunkSpans(_sent(table, device), kept + last - chunks, chunks, kept * per_chunk + rest, chosen)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
     # Without a wait: the table is small, and its source is kept until the copy is done.
     source = table.pin_memory() if device.type == "cuda" else table
-    return Spans(source.to(device, non_blocking=True), int(lists.max()), plan.last_window, int(tokens.sum()))
+    return source.to(device, non_blocking=True)
 
 
 def encode(
@@ -106,6 +153,13 @@ def encode(
     from hga_compile.kernels import triton_encode
 
     triton_encode.encode(keys, centre, codes, scales, begin, bits, step)
+
+
+def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> None:
+    """Write the means of groups of keys (see `triton_mean.store_means`)."""
+    from hga_compile.kernels import triton_mean
+
+    triton_mean.store_means(keys, means, begin, group_size)
 
 
 def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int) -> None:
@@ -127,7 +181,7 @@ def load_rows(
 def decode_step(
     pages: Tensor,
     codes: Tensor,
-    scales: Tensor,
+    scales: Tensor | None,
     query: Tensor,
     spans: Spans,
     *,
@@ -136,8 +190,9 @@ def decode_step(
     scale: float,
     scoring: Scoring = PLAIN,
     kv_heads: int,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Route one query a head by low-bit keys and attend to what it is routed to.
+    """Route one query a head by summaries and attend to what it is routed to.
 
     Parameters
     ----------
@@ -145,7 +200,7 @@ def decode_step(
         ``[groups, rows, group_size * (dim + v_dim)]``, in GPU memory or pinned (see `store.pages.Pages`).
     codes, scales : Tensor
         ``[rows, bytes, tokens]`` uint8, bytes innermost in memory, and ``[rows, tokens]`` float16 (see
-        `lowbit.encode_keys`).
+        `lowbit.encode_keys`); or ``[rows, groups, dim]`` means, and None (see `mean.MeanSummary`).
     query : Tensor
         ``[rows, heads, dim]``, dtype of the pages.
     spans : Spans
@@ -160,6 +215,9 @@ def decode_step(
         Soft-cap and sinks.
     kv_heads : int
         Rows of one sequence.
+    parts : Tensor or None
+        ``[rows, chunks * chunk_parts, dim]`` means of parts of chunks (see `chunks.ChunkSummary`), by which
+        `spans.chunks` are kept; None: all are.
 
     Returns
     -------
@@ -169,21 +227,13 @@ def decode_step(
         ``[rows, width]`` int32: the groups attended to, ascending; fewer in rows whose list is shorter.
     """
     from hga_compile.kernels.triton_attend import attend_listed
-    from hga_compile.kernels.triton_score import group_masses
-    from hga_compile.kernels.triton_select import select_groups, votes_of
-    from hga_compile.kernels.triton_turn import turn
+    from hga_compile.kernels.triton_route import route
 
-    query = query.contiguous()
-    rows, heads, _ = query.shape
-    table = spans.table
-    shared = rows if len(table) == 1 else kv_heads
-    turned = turn(query, scale)
-    masses = group_masses(
-        codes, scales, turned, table, groups=spans.groups, group_size=routing.group_size, bits=routing.bits,
-        rows_of_span=shared,
-    )  # fmt: skip
-    votes = votes_of(masses, table, heads, routing.vote == "mass_max", shared)
-    chosen = select_groups(votes, table, spans.width, shared)
+    query, table = query.contiguous(), spans.table
+    shared = len(query) if len(table) == 1 else kv_heads
+    chosen = route(
+        codes, scales, query, spans, routing=routing, scale=scale, rows_of_span=shared, parts=parts
+    )
     logits = None if scoring.sinks is None else scoring.sinks.float()
     out = attend_listed(
         pages, chosen, table, query, logits, length=length, group_size=routing.group_size, scale=scale,

@@ -117,6 +117,11 @@ class LowBitSummary:
         """``[rows, bytes, tokens]``: those of all groups, and slack."""
         return self._codes.transpose(1, 2) if self._bytes_last else self._codes
 
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """What kernels for a GPU score by: codes and scales."""
+        return self.codes, self.scales
+
     def append(self, keys: Tensor) -> None:
         """Encode the keys of complete groups; ``[rows, tokens, dim]``."""
         used, new = self.groups * self.group_size, keys.shape[1]
