@@ -25,13 +25,15 @@ def attend_listed(
     softcap: float,
     rows_of_span: int,
     kv_heads: int,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Attend to the tokens of listed groups, read where they lie: in GPU memory or in pinned host memory.
 
     Parameters
     ----------
     pages : Tensor
-        ``[groups, rows, group_size * (dim + v_dim)]`` (see `store.pages.Pages`).
+        ``[groups, rows, group_size * (dim + v_dim)]`` (see `store.pages.Pages`); with `slots`, a pool
+        ``[slots, group_size * (dim + v_dim)]`` of such pages.
     chosen : Tensor
         ``[rows, width]`` int32, from `triton_select.select_groups`.
     spans : Tensor
@@ -48,6 +50,9 @@ def attend_listed(
         Softmax scale; soft-cap of the scores, 0: none.
     rows_of_span, kv_heads : int
         Rows that a line of `spans` is for; rows of one sequence.
+    slots : Tensor or None
+        ``[rows, groups]`` int32, groups innermost in memory: the page of the pool that holds a row's group;
+        read for listed groups only. None: pages lie as groups do.
 
     Returns
     -------
@@ -55,7 +60,7 @@ def attend_listed(
         ``[rows, heads, v_dim]``, dtype of the query; 0 for a row without a token.
     """
     rows, heads, dim = query.shape
-    v_dim = pages.shape[2] // group_size - dim
+    v_dim = pages.shape[-1] // group_size - dim
     tokens = max(_TOKENS, group_size)
     tiles = triton.cdiv(chosen.shape[1] * group_size, tokens)
     # As many programs as keep all of a large GPU's memory channels busy, each with at least one tile.
@@ -69,7 +74,7 @@ def attend_listed(
     exact = query.dtype == torch.float32
     _attend[(splits, rows)](
         pages, chosen, spans, query, partial, stats[0], stats[1], chosen.shape[1], length, scale, softcap,
-        rows, splits, shares, rows_of_span,
+        rows, splits, shares, rows_of_span, slots, 0 if slots is None else slots.stride(0),
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
         GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, num_warps=4,
@@ -82,10 +87,10 @@ def attend_listed(
     return out
 
 
-@triton.jit(do_not_specialize=["width", "length", "rows", "splits", "shares", "rows_of_span"])
+@triton.jit(do_not_specialize=["width", "length", "rows", "splits", "shares", "rows_of_span", "slot_row"])
 def _attend(
     pages, chosen, spans, query, partial, peaks, totals, width, length, scale, softcap, rows, splits, shares,
-    rows_of_span,
+    rows_of_span, slots, slot_row,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
@@ -113,7 +118,11 @@ def _attend(
         group = tl.load(chosen + row * width + place, mask=place < listed, other=0)
         token = group * GROUP + inside
         real = (place < listed) & (token < length) & (token >= start)
-        page = pages + (group.to(tl.int64) * rows + row) * PAGE
+        if slots is None:
+            page = pages + (group.to(tl.int64) * rows + row) * PAGE
+        else:
+            slot = tl.load(slots + row * slot_row + group, mask=real, other=0)
+            page = pages + slot.to(tl.int64) * PAGE
         keys = page[:, None] + inside[:, None] * DIM + channel[None, :]
         key = tl.load(keys, mask=real[:, None] & (channel[None, :] < DIM), other=0.0)
         values = page[:, None] + GROUP * DIM + inside[:, None] * V_DIM + v_channel[None, :]
