@@ -13,6 +13,7 @@ from torch import Tensor
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.scoring import PLAIN, Scoring
+from hga_compile.kernels.tail import TailSummary
 
 __all__ = [
     "ChunkSpans",
@@ -191,6 +192,7 @@ def decode_step(
     scoring: Scoring = PLAIN,
     kv_heads: int,
     parts: Tensor | None = None,
+    tail: TailSummary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Route one query a head by summaries and attend to what it is routed to.
 
@@ -218,6 +220,8 @@ def decode_step(
     parts : Tensor or None
         ``[rows, chunks * chunk_parts, dim]`` means of parts of chunks (see `chunks.ChunkSummary`), by which
         `spans.chunks` are kept; None: all are.
+    tail : TailSummary or None
+        Estimates of what is not attended to; they go with neither soft-cap nor sinks.
 
     Returns
     -------
@@ -228,15 +232,19 @@ def decode_step(
     """
     from hga_compile.kernels.triton_attend import attend_listed
     from hga_compile.kernels.triton_route import route
+    from hga_compile.kernels.triton_tail import tail_shares
 
     query, table = query.contiguous(), spans.table
     shared = len(query) if len(table) == 1 else kv_heads
     chosen = route(
         codes, scales, query, spans, routing=routing, scale=scale, rows_of_span=shared, parts=parts
     )
+    estimate = None
+    if tail is not None:
+        estimate = tail_shares(query, tail, table, length=length, scale=scale, rows_of_span=shared)
     logits = None if scoring.sinks is None else scoring.sinks.float()
     out = attend_listed(
         pages, chosen, table, query, logits, length=length, group_size=routing.group_size, scale=scale,
-        softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads,
+        softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads, tail=estimate,
     )  # fmt: skip
     return out, chosen

@@ -320,7 +320,7 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
     """Route and attend in Triton kernels on a GPU; None where that is not possible."""
     routing, summary, pages, padding = call.routing, call.index.groups, call.kv.gpu_pages, call.padding
     _, kv_heads, heads, _, dim = call.query.shape
-    if pages is None or not isinstance(summary, LowBitSummary | MeanSummary) or call.index.tail is not None:
+    if pages is None or not isinstance(summary, LowBitSummary | MeanSummary):
         return None
     channels = max(dim, pages.shape[2] // routing.group_size - dim)
     if not usable(call.query.device, pages.dtype, channels, heads, routing.group_size):
@@ -342,6 +342,7 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
     out, groups = decode_step(
         pages, codes, scales, query, spans, length=call.length, routing=routing, scale=call.scale,
         scoring=call.scoring, kv_heads=kv_heads, parts=None if chunks is None else chunks.means,
+        tail=call.index.tail,
     )  # fmt: skip
     _count_scored(call, plan.last_window)
     call.use.add_attended(spans.attended * (call.kv.rows // len(plan.visible)))
