@@ -72,7 +72,7 @@ def tail_shares(
     return TailShares(mean, size, chunks, shifts, values, stats)
 
 
-@triton.jit(do_not_specialize=["chunks", "splits", "shares", "rows_of_span"])
+@triton.jit(do_not_specialize=["chunks", "splits", "shares", "rows_of_span", "mass_head"])
 def _share(
     query, mean, log_mass, mass_head, key, key_head, value, value_head, spans, shifts, values, peaks, totals,
     chunks, splits, shares, rows_of_span, scale,
