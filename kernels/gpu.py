@@ -18,6 +18,7 @@ from hga_compile.kernels.tail import TailSummary
 __all__ = [
     "ChunkSpans",
     "Spans",
+    "chunks_suffice",
     "decode_step",
     "encode",
     "load_rows",
@@ -32,18 +33,18 @@ _MOST_CHANNELS, _MOST_HEADS = 256, 64
 
 @dataclass(frozen=True)
 class ChunkSpans:
-    """Which chunks one query without padding keeps, on the GPU."""
+    """Which chunks one query of each sequence keeps, on the GPU."""
 
     table: Tensor
-    """``[1, 6]`` int32: `Spans.table` for chunks; their window is the chunk that the groups' begins in."""
+    """``[batch or 1, 6]`` int32: `Spans.table` of chunks; its window is the chunk that the groups' is in."""
     width: int
-    """Chunks kept, and that one if it has groups before the window."""
+    """Chunks of the longest list: those kept, and that one if it has groups before the window."""
     chunks: int
-    """Chunks before the window."""
+    """Chunks before the last window."""
     groups: int
-    """Groups of kept chunks, those of the window left out."""
+    """Most groups of a list, those of the window left out."""
     chosen: int
-    """Groups to choose among these."""
+    """Most groups to choose among these."""
 
 
 @dataclass(frozen=True)
@@ -124,21 +125,55 @@ def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.devi
     # Of the first sink group and the last one not all tokens are there.
     tokens = lists * size - (starts - plan.sink_start * size).clamp(min=0) - -(plan.first + 1) % size
     width, attended, chunks = int(lists.max()), int(tokens.sum()), None
-    if len(table) == 1 and not bool(starts.any()) and routing.uses_chunks(plan.first + 1):
-        chunks = _chunk_spans(routing, plan, device)
+    if routing.uses_chunks(plan.first + 1):
+        chunks = _chunk_spans(routing, plan, starts, device)
     return Spans(_sent(table, device), width, plan.last_window, attended, chunks)
 
 
-def _chunk_spans(routing: Routing, plan: QueryPlan, device: torch.device) -> ChunkSpans | None:
-    """Plan level 1 of one query without padding; None where it keeps all chunks, or nothing is chosen."""
+def _kept_chunks(routing: Routing, plan: QueryPlan, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First chunk with a token, chunks before the window, and how many are kept: ``[batch or 1, 1]`` each."""
+    chunks = plan.window // (routing.chunk_size // routing.group_size)
+    first = torch.minimum(starts // routing.chunk_size, chunks)
+    whole = plan.dense
+    if routing.chunk_stage == "auto":
+        whole = whole | (plan.visible <= routing.auto_chunk_tokens)
+    return first, chunks, torch.where(whole, chunks - first, torch.minimum(plan.chunks, chunks - first))
+
+
+def chunks_suffice(routing: Routing, plan: QueryPlan, starts: Tensor) -> bool:
+    """Say whether the chunks that a query keeps hold the groups it may choose, whichever they are.
+
+    Only then is their number known without a wait. The first chunk may hold padding: without any they do.
+
+    Parameters
+    ----------
+    routing : Routing
+        Settings of the layer.
+    plan : QueryPlan
+        Of one query.
+    starts : Tensor
+        ``[batch, 1]`` int64 on the CPU: padding before each sequence.
+    """
+    first, chunks, kept = _kept_chunks(routing, plan, starts)
     per_chunk = routing.chunk_size // routing.group_size
-    (chunks, rest), chosen = divmod(plan.last_window, per_chunk), int(plan.taken)
-    kept = int(plan.chunks)
-    if kept >= chunks or chosen == 0:
+    least = kept * per_chunk - (plan.sink_end - first * per_chunk)
+    return bool(((kept == chunks - first) | (least >= plan.taken)).all())
+
+
+def _chunk_spans(
+    routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.device
+) -> ChunkSpans | None:
+    """Plan level 1 of one query a sequence; None where it keeps all chunks, or nothing is chosen."""
+    per_chunk = routing.chunk_size // routing.group_size
+    first, chunks, kept = _kept_chunks(routing, plan, starts)
+    chosen, rest = plan.taken, plan.window % per_chunk
+    if not bool(((kept < chunks - first) & (chosen > 0)).any()):
         return None
     last = chunks + (rest > 0)
-    table = torch.tensor([[0, 0, chunks, kept, last, 0]], dtype=torch.int32, device="cpu")
-    return ChunkSpans(_sent(table, device), kept + last - chunks, chunks, kept * per_chunk + rest, chosen)
+    table = torch.cat([first, first, chunks, kept, last, torch.zeros_like(kept)], 1).to(torch.int32)
+    width, groups = kept + last - chunks, kept * per_chunk + rest
+    most = (int(part.max()) for part in (width, chunks, groups, chosen))
+    return ChunkSpans(_sent(table, device), *most)
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.attend import attend_full, attend_gathered, attend_masked, routed_mask
-from hga_compile.kernels.gpu import decode_step, spans_of, usable
+from hga_compile.kernels.gpu import chunks_suffice, decode_step, spans_of, usable
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
 from hga_compile.kernels.lowbit import LowBitSummary
@@ -328,14 +328,15 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
     if not 0 < plan.last_window <= summary.groups:
         return None
     chunks = call.index.chunks if routing.uses_chunks(call.length) else None
-    if chunks is not None and (padding is not None or chunks.chunks < call.length // routing.chunk_size):
-        return None  # how many groups a row with padding may choose depends on the chunks that it keeps
-    if padding is not None and not routing.sinks:
-        return None  # the tokens of a group that begins with padding could not be counted without a wait
+    if chunks is not None and chunks.chunks < call.length // routing.chunk_size:
+        return None
     starts = None
     if padding is not None:
         starts = padding.host.to(torch.int8).argmax(1, keepdim=True)
         starts = starts.masked_fill(~padding.host.any(1, keepdim=True), call.length)
+        # Tokens of a group that begins with padding, or groups of few chunks, are not counted without a wait.
+        if not routing.sinks or (chunks is not None and not chunks_suffice(routing, plan, starts)):
+            return None
     spans = spans_of(routing, plan, starts, call.query.device)
     query = call.query.flatten(0, 1)[:, :, 0].to(pages.dtype)
     codes, scales = summary.stored

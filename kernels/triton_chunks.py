@@ -12,8 +12,10 @@ __all__ = ["kept_spans", "sequence_groups"]
 _BLOCK = 256
 
 
-def kept_spans(kept: Kept, spans: Tensor, end: int, rows_of_span: int) -> Tensor:
+def kept_spans(kept: Kept, spans: Tensor, table: Tensor, rows_of_span: int) -> Tensor:
     """Make the lines by which groups are chosen among those of kept chunks, one a row.
+
+    Entries past a row's own list of chunks become chunks past the window, where nothing is looked at.
 
     Parameters
     ----------
@@ -21,8 +23,8 @@ def kept_spans(kept: Kept, spans: Tensor, end: int, rows_of_span: int) -> Tensor
         The chunks; which of them hold sinks is a row's own.
     spans : Tensor
         ``[batch or 1, SPAN]`` int32 (see `gpu.Spans`).
-    end : int
-        Groups of kept chunks that lie before the window.
+    table : Tensor
+        The same for chunks (see `gpu.ChunkSpans`).
     rows_of_span : int
         Rows that a line of `spans` is for.
 
@@ -34,8 +36,8 @@ def kept_spans(kept: Kept, spans: Tensor, end: int, rows_of_span: int) -> Tensor
     rows, entries = kept.chunks.shape
     lines = torch.empty(rows, spans.shape[1], dtype=torch.int32, device=spans.device)
     _spans[(rows,)](
-        kept.chunks, spans, lines, entries, end, rows_of_span, SPAN=spans.shape[1], CHUNK=kept.groups,
-        BLOCK=64, num_warps=1,
+        kept.chunks, spans, table, lines, entries, rows_of_span, SPAN=spans.shape[1], CHUNK=kept.groups,
+        BLOCK=256, num_warps=1,
     )  # fmt: skip
     return lines
 
@@ -46,7 +48,7 @@ def sequence_groups(chosen: Tensor, kept: Kept, spans: Tensor, width: int, rows_
     Parameters
     ----------
     chosen : Tensor
-        ``[rows, n]`` int32: groups of kept chunks, ascending, as many as `spans` wants.
+        ``[rows, n]`` int32: groups of kept chunks, ascending, as many as a row's line of `spans` wants.
     kept : Kept
         The chunks.
     spans : Tensor
@@ -70,24 +72,28 @@ def sequence_groups(chosen: Tensor, kept: Kept, spans: Tensor, width: int, rows_
     return listed
 
 
-@triton.jit(do_not_specialize=["entries", "end", "rows_of_span"])
+@triton.jit(do_not_specialize=["entries", "rows_of_span"])
 def _spans(
-    kept, spans, lines, entries, end, rows_of_span, SPAN: tl.constexpr, CHUNK: tl.constexpr,
+    kept, spans, table, lines, entries, rows_of_span, SPAN: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
-    sink_end, count = tl.load(span + 1), tl.load(span + 3)
-    # Chunks ascend: the n-th one on the list holds no group before its n-th chunk's.
-    holding = tl.minimum((sink_end + CHUNK - 1) // CHUNK, entries)
+    sink_end, window, count = tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
+    span = table + row // rows_of_span * SPAN
+    chosen, last = tl.load(span + 3), tl.load(span + 4)
+    listed = chosen + last - tl.load(span + 2)
     before = 0
     begin = 0
-    while begin < holding:
+    while begin < entries:
         entry = begin + tl.arange(0, BLOCK)
-        chunk = tl.load(kept + row * entries + entry, mask=entry < holding, other=0)
+        chunk = tl.load(kept + row * entries + entry, mask=entry < listed, other=0)
         inside = tl.minimum(tl.maximum(sink_end - chunk * CHUNK, 0), CHUNK)
-        before += tl.sum(tl.where(entry < holding, inside, 0), 0)
+        before += tl.sum(tl.where(entry < listed, inside, 0), 0)
+        past = tl.zeros([BLOCK], tl.int32) + last
+        tl.store(kept + row * entries + entry, past, mask=(entry >= listed) & (entry < entries))
         begin += BLOCK
+    end = chosen * CHUNK + window % CHUNK
     line = lines + row * SPAN
     tl.store(line, before)
     tl.store(line + 1, before)
@@ -105,13 +111,14 @@ def _list(
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
     sink_start, sink_end, window = tl.load(span), tl.load(span + 1), tl.load(span + 2)
+    own, last = tl.load(span + 3), tl.load(span + 4)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sinks = sink_end - sink_start
     number = place - sinks
-    meant = (number >= 0) & (number < count)
+    meant = (number >= 0) & (number < own)
     group = tl.load(chosen + row * count + number, mask=meant, other=0)
     chunk = tl.load(kept + row * entries + group // CHUNK, mask=meant, other=0)
     group = chunk * CHUNK + group % CHUNK
     group = tl.where(number < 0, sink_start + place, group)
-    group = tl.where(number >= count, window + number - count, group)
-    tl.store(listed + row * width + place, group, mask=place < width)
+    group = tl.where(number >= own, window + number - own, group)
+    tl.store(listed + row * width + place, group, mask=(place < width) & (group < last))

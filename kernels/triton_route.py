@@ -70,7 +70,7 @@ def route(
     per_chunk = routing.chunk_size // routing.group_size
     kept = Kept(select_groups(votes, level.table, level.width, rows_of_span), per_chunk)
     # Groups of kept chunks are chosen from as if they were all there are.
-    own = kept_spans(kept, spans.table, level.groups, rows_of_span)
+    own = kept_spans(kept, spans.table, level.table, rows_of_span)
     votes = votes_of(masses(level.groups, kept), own, heads, most, 1)
     chosen = select_groups(votes, own, level.chosen, 1)
     return sequence_groups(chosen, kept, spans.table, spans.width, rows_of_span)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import left_padding, routing
 from gpu_cases import CUDA, INTERPRETED, converse, interpret, large
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -50,33 +50,41 @@ def summaries(setting: Routing, keys: Tensor) -> tuple[Summary, ChunkSummary]:
 
 
 def routes(
-    setting: Routing, summary: Summary, chunks: ChunkSummary, query: Tensor, tokens: int
+    setting: Routing,
+    summary: Summary,
+    chunks: ChunkSummary,
+    query: Tensor,
+    tokens: int,
+    pads: list[int] | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Groups of each row by the kernels, and by the reference."""
+    """Groups of each row by the kernels, and by the reference; each row may be a sequence with padding."""
     from hga_compile.kernels.triton_route import route
 
-    plan = plan_queries(setting, tokens - 1, 1, None)
-    spans = gpu.spans_of(setting, plan, None, query.device)
+    size, rows = setting.group_size, len(query)
+    starts = torch.tensor(pads)[:, None] if pads else None
+    mask = None if starts is None else torch.arange(tokens) >= starts
+    plan = plan_queries(setting, tokens - 1, 1, mask)
+    if starts is not None:
+        assume(gpu.chunks_suffice(setting, plan, starts))
+    spans = gpu.spans_of(setting, plan, starts, query.device)
     scale = query.shape[2] ** -0.5
     assert isinstance(summary, MeanSummary)
     got = route(
-        *summary.stored,
-        query,
-        spans,
-        routing=setting,
-        scale=scale,
-        rows_of_span=len(query),
+        *summary.stored, query, spans, routing=setting, scale=scale, rows_of_span=1 if pads else rows,
         parts=chunks.means,
-    )
-    known = plan.last_window
-    best = choose_groups(setting, plan, query[:, :, None] * scale, summary.scorer(known), known, chunks)
-    last = -(-tokens // setting.group_size)
-    fixed = [*range(int(plan.sink_end)), *range(int(plan.window), last)]
-    want = [
-        sorted(fixed + groups[kept].tolist())
-        for groups, kept in zip(best.groups[:, 0], best.kept[:, 0], strict=True)
-    ]
-    return got.tolist(), want
+    )  # fmt: skip
+    known, last = plan.last_window, -(-tokens // size)
+    real = None if mask is None else mask[:, : known * size].unflatten(1, (-1, size)).any(2).to(query.device)
+    best = choose_groups(setting, plan, query[:, :, None] * scale, summary.scorer(known), known, chunks, real)
+    want, counts = [], spans.listed(rows).flatten().tolist()
+    for row in range(rows):
+        line = row if pads else 0
+        begin, end, window = (int(part[line]) for part in (plan.sink_start, plan.sink_end, plan.window))
+        chosen = best.groups[row, 0][best.kept[row, 0]].tolist()
+        chosen = range(end, window) if bool(plan.dense[line]) else sorted(chosen)
+        want.append([*range(begin, end), *chosen, *range(window, last)])
+    lists = [row[: counts[number if pads else 0]] for number, row in enumerate(got.tolist())]
+    return lists, want
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
@@ -85,9 +93,28 @@ def test_a_conversation_is_the_references(place, monkeypatch, setting):
     assert len(taken) == 2 and all(step["spans"].chunks is not None for step in taken)
 
 
-def test_padding_takes_the_plain_path(place, monkeypatch):
-    mask = left_padding([130, 97], 130)
-    assert not converse(place, monkeypatch, routing(chunk_stage="on"), batch=2, kv_heads=1, mask=mask)
+PADDED: dict[str, dict[str, Any]] = {
+    "low-bit keys": {},
+    "auto": {"chunk_stage": "auto", "summary": "mean"},
+    "few chunks": {"chunk_budget": Budget(tokens=1), "summary": "mean", "chunk_size": 8},
+    "a tail": {"tail": "estimate"},
+}
+
+
+@pytest.mark.parametrize("setting", PADDED.values(), ids=PADDED)
+def test_a_conversation_with_padding_is_the_references(place, monkeypatch, setting):
+    mask = left_padding([200, 70, 153, 125, 20], 200)
+    setting = routing(**({"chunk_stage": "on"} | setting))
+    taken = converse(place, monkeypatch, setting, tokens=200, batch=5, kv_heads=1, mask=mask)
+    assert len(taken) == 2 and all(step["spans"].chunks is not None for step in taken)
+
+
+def test_chunks_that_may_not_hold_enough_groups_take_the_plain_path(place, monkeypatch):
+    mask = left_padding([200, 188], 200)
+    setting = routing(
+        chunk_stage="on", chunk_budget=Budget(tokens=1), chunk_size=64, budget=Budget(tokens=64), sinks=1
+    )
+    assert not converse(place, monkeypatch, setting, tokens=200, batch=2, kv_heads=1, mask=mask)
 
 
 def random_case(
@@ -98,7 +125,7 @@ def random_case(
 
 
 @settings(
-    max_examples=6 if not CUDA else 60,
+    max_examples=10 if not CUDA else 60,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -110,15 +137,17 @@ def random_case(
     fraction=st.sampled_from([0.05, 0.2, 0.6]),
     chunk=st.sampled_from([(16, 4, 4), (24, 8, 3), (64, 16, 1), (8, 2, 8)]),
     sinks=st.sampled_from([0, 1, 20]),
+    padded=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape(place, rows, heads, tokens, fraction, chunk, sinks, seed):
+def test_any_shape(place, rows, heads, tokens, fraction, chunk, sinks, padded, seed):
     torch.manual_seed(seed)
     setting = routing(
         summary="mean", chunk_stage="on", chunk_size=chunk[0], group_size=chunk[1], chunk_parts=chunk[2],
         sinks=sinks, budget=Budget(tokens=48), chunk_budget=Budget(fraction=fraction),
     )  # fmt: skip
-    got, want = routes(setting, *random_case(place, setting, tokens, rows, heads), tokens)
+    pads = torch.randint(tokens, (rows,)).tolist() if padded else None
+    got, want = routes(setting, *random_case(place, setting, tokens, rows, heads), tokens, pads)
     assert got == want
 
 
