@@ -32,6 +32,11 @@ class ChunkSummary:
         """Complete chunks summarised so far."""
         return self.part_means.groups // self.parts
 
+    @property
+    def means(self) -> Tensor:
+        """``[rows, chunks * parts, dim]``: those of all chunks, and slack."""
+        return self.part_means.means
+
     def append(self, keys: Tensor) -> None:
         """Summarise ``[rows, tokens, dim]`` keys of complete chunks."""
         self.part_means.append(keys)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.coarse import BLOCK, Coarse, TileKeys, average, to_eight_bits
-from hga_compile.kernels.gpu import encode, tile_keys, usable
+from hga_compile.kernels.gpu import encode, usable
+from hga_compile.kernels.gpu_tiles import tile_keys
 from hga_compile.kernels.levels import decode_levels
 from hga_compile.kernels.native import STEP_TOKENS, routed_steps, scan_scores
 from hga_compile.kernels.rotation import rotation
@@ -93,6 +94,11 @@ class LowBitSummary:
     def codes(self) -> Tensor:
         """``[rows, bytes, tokens]``: those of all groups, and slack."""
         return self._codes.transpose(1, 2) if self._bytes_last else self._codes
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """What kernels for a GPU score by: codes and scales."""
+        return self.codes, self.scales
 
     def append(self, keys: Tensor) -> None:
         """Encode the keys of complete groups; ``[rows, tokens, dim]``."""

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.coarse import TileKeys, average
-from hga_compile.kernels.gpu import coarse_means, usable
+from hga_compile.kernels.gpu import store_means, usable
+from hga_compile.kernels.gpu_tiles import coarse_means
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
 __all__ = ["MeanSummary"]
@@ -31,12 +32,20 @@ class MeanSummary:
         self.groups = 0
         self.means = torch.empty(rows, 0, dim, dtype=dtype, device=device)
 
+    @property
+    def stored(self) -> tuple[Tensor, None]:
+        """What kernels for a GPU score by: means, without scales."""
+        return self.means, None
+
     def append(self, keys: Tensor) -> None:
         """Summarise the keys of complete groups; ``[rows, tokens, dim]``."""
-        means = keys.float().unflatten(1, (-1, self.group_size)).mean(2)
-        new = means.shape[1]
+        new = keys.shape[1] // self.group_size
         self.means = grown(self.means, self.groups, self.groups + new, 1)
-        self.means[:, self.groups : self.groups + new] = means.to(self.means.dtype)
+        if usable(keys.device, keys.dtype, keys.shape[2]):
+            store_means(keys, self.means, self.groups, self.group_size)
+        else:
+            means = keys.float().unflatten(1, (-1, self.group_size)).mean(2)
+            self.means[:, self.groups : self.groups + new] = means.to(self.means.dtype)
         self.groups += new
 
     def truncate(self, groups: int) -> None:

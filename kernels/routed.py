@@ -11,10 +11,12 @@ from torch import Tensor
 
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.attend import attend_full, attend_gathered, attend_masked, routed_mask
-from hga_compile.kernels.gpu import decode_step, prefill_tiles, spans_of, tile_spans, usable
+from hga_compile.kernels.gpu import chunks_suffice, decode_step, spans_of, usable
+from hga_compile.kernels.gpu_tiles import prefill_tiles, tile_spans
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
 from hga_compile.kernels.lowbit import LowBitSummary
+from hga_compile.kernels.mean import MeanSummary
 from hga_compile.kernels.native import attend_pages
 from hga_compile.kernels.plan import QueryPlan, per_row, plan_queries
 from hga_compile.kernels.route import Chosen, choose_groups
@@ -327,21 +329,29 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
     """Route and attend in Triton kernels on a GPU; None where that is not possible."""
     routing, summary, pages, padding = call.routing, call.index.groups, call.kv.gpu_pages, call.padding
     _, kv_heads, heads, _, dim = call.query.shape
-    if pages is None or not isinstance(summary, LowBitSummary) or call.index.tail is not None:
+    if pages is None or not isinstance(summary, LowBitSummary | MeanSummary):
         return None
     channels = max(dim, pages.shape[2] // routing.group_size - dim)
     if not usable(call.query.device, pages.dtype, channels, heads, routing.group_size):
         return None
-    if routing.uses_chunks(call.length) or not 0 < plan.last_window <= summary.groups:
+    if not 0 < plan.last_window <= summary.groups:
         return None
-    if padding is not None and not routing.sinks:
-        return None  # the tokens of a group that begins with padding could not be counted without a wait
-    starts = None if padding is None else padding.starts(call.length)
+    chunks = call.index.chunks if routing.uses_chunks(call.length) else None
+    if chunks is not None and chunks.chunks < call.length // routing.chunk_size:
+        return None
+    starts = None
+    if padding is not None:
+        starts = padding.starts(call.length)
+        # Tokens of a group that begins with padding, or groups of few chunks, are not counted without a wait.
+        if not routing.sinks or (chunks is not None and not chunks_suffice(routing, plan, starts)):
+            return None
     spans = spans_of(routing, plan, starts, call.query.device)
     query = call.query.flatten(0, 1)[:, :, 0].to(pages.dtype)
+    codes, scales = summary.stored
     out, groups = decode_step(
-        pages, summary.codes, summary.scales, query, spans, length=call.length, routing=routing,
-        scale=call.scale, scoring=call.scoring, kv_heads=kv_heads,
+        pages, codes, scales, query, spans, length=call.length, routing=routing, scale=call.scale,
+        scoring=call.scoring, kv_heads=kv_heads, parts=None if chunks is None else chunks.means,
+        tail=call.index.tail,
     )  # fmt: skip
     _count_scored(call, plan.last_window)
     call.use.add_attended(spans.attended * (call.kv.rows // len(plan.visible)))

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.triton_tail import TailShares
+
 __all__ = ["attend_listed"]
 
 _TOKENS = 64
@@ -25,13 +27,16 @@ def attend_listed(
     softcap: float,
     rows_of_span: int,
     kv_heads: int,
+    slots: Tensor | None = None,
+    tail: TailShares | None = None,
 ) -> Tensor:
     """Attend to the tokens of listed groups, read where they lie: in GPU memory or in pinned host memory.
 
     Parameters
     ----------
     pages : Tensor
-        ``[groups, rows, group_size * (dim + v_dim)]`` (see `store.pages.Pages`).
+        ``[groups, rows, group_size * (dim + v_dim)]`` (see `store.pages.Pages`); with `slots`, a pool
+        ``[slots, group_size * (dim + v_dim)]`` of such pages.
     chosen : Tensor
         ``[rows, width]`` int32, from `triton_select.select_groups`.
     spans : Tensor
@@ -48,6 +53,12 @@ def attend_listed(
         Softmax scale; soft-cap of the scores, 0: none.
     rows_of_span, kv_heads : int
         Rows that a line of `spans` is for; rows of one sequence.
+    slots : Tensor or None
+        ``[rows, groups]`` int32, groups innermost in memory: the page of the pool that holds a row's group;
+        read for listed groups only. None: pages lie as groups do.
+    tail : TailShares or None
+        Estimate of all chunks, from which the listed tokens are taken out (see `tail`); it goes with neither
+        soft-cap nor sinks.
 
     Returns
     -------
@@ -55,7 +66,7 @@ def attend_listed(
         ``[rows, heads, v_dim]``, dtype of the query; 0 for a row without a token.
     """
     rows, heads, dim = query.shape
-    v_dim = pages.shape[2] // group_size - dim
+    v_dim = pages.shape[-1] // group_size - dim
     tokens = max(_TOKENS, group_size)
     tiles = triton.cdiv(chosen.shape[1] * group_size, tokens)
     # As many programs as keep all of a large GPU's memory channels busy, each with at least one tile.
@@ -64,31 +75,42 @@ def attend_listed(
     splits = triton.cdiv(tiles, shares)
     padded = max(16, triton.next_power_of_2(heads))
     kind: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-    partial = torch.empty(rows, heads, splits, v_dim, **kind)
-    stats = torch.empty(2, rows, heads, splits, **kind)
+    partial = torch.empty(2 if tail else 1, rows, heads, splits, v_dim, **kind)
+    stats = torch.empty(3 if tail else 2, rows, heads, splits, **kind)
+    mean = shifts = rest = rest_totals = values = peaks = totals = None
+    chunks = chunk_size = tail_splits = 0
+    if tail is not None:
+        mean, shifts, rest, rest_totals = tail.mean, tail.shifts, partial[1], stats[2]
+        chunks, chunk_size = tail.chunks, tail.chunk_size
+        values, peaks, totals, tail_splits = tail.values, tail.stats[0], tail.stats[1], tail.values.shape[2]
     exact = query.dtype == torch.float32
     _attend[(splits, rows)](
-        pages, chosen, spans, query, partial, stats[0], stats[1], chosen.shape[1], length, scale, softcap,
-        rows, splits, shares, rows_of_span,
+        pages, chosen, spans, query, partial[0], stats[0], stats[1], chosen.shape[1], length, scale, softcap,
+        rows, splits, shares, rows_of_span, slots, 0 if slots is None else slots.stride(0),
+        mean, shifts, rest, rest_totals, chunks,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
-        GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, num_warps=4,
+        GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, TAIL=chunk_size, num_warps=4,
     )  # fmt: skip
     out = torch.empty(rows, heads, v_dim, dtype=query.dtype, device=query.device)
     _merge[(rows * heads,)](
-        partial, stats[0], stats[1], logits, out, splits, kv_heads * heads,
-        V_DIM=v_dim, V_PADDED=triton.next_power_of_2(v_dim), STEP=32, SINKS=logits is not None, num_warps=4,
+        partial[0], stats[0], stats[1], logits, out, splits, kv_heads * heads, rest, rest_totals, values,
+        peaks, totals, tail_splits,
+        V_DIM=v_dim, V_PADDED=triton.next_power_of_2(v_dim), STEP=32, SINKS=logits is not None,
+        TAIL=tail is not None, num_warps=4,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["width", "length", "rows", "splits", "shares", "rows_of_span"])
+@triton.jit(
+    do_not_specialize=["width", "length", "rows", "splits", "shares", "rows_of_span", "slot_row", "chunks"]
+)
 def _attend(
     pages, chosen, spans, query, partial, peaks, totals, width, length, scale, softcap, rows, splits, shares,
-    rows_of_span,
+    rows_of_span, slots, slot_row, mean, shifts, rest, rest_totals, chunks,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr,
-    TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
+    TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     PAGE: tl.constexpr = GROUP * (DIM + V_DIM)
     split = tl.program_id(0)
@@ -106,6 +128,11 @@ def _attend(
     peak = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_HEADS], tl.float32)
     result = tl.zeros([PADDED_HEADS, V_PADDED], tl.float32)
+    if TAIL:
+        at = mean + (row * HEADS + head[:, None]) * DIM + channel[None, :]
+        middle = tl.load(at, mask=used & (channel[None, :] < DIM), other=0.0)
+        left_total = tl.zeros([PADDED_HEADS], tl.float32)
+        left = tl.zeros([PADDED_HEADS, V_PADDED], tl.float32)
     share = 0
     while share < shares:
         entry = (split * shares + share) * TOKENS + tl.arange(0, TOKENS)
@@ -113,7 +140,11 @@ def _attend(
         group = tl.load(chosen + row * width + place, mask=place < listed, other=0)
         token = group * GROUP + inside
         real = (place < listed) & (token < length) & (token >= start)
-        page = pages + (group.to(tl.int64) * rows + row) * PAGE
+        if slots is None:
+            page = pages + (group.to(tl.int64) * rows + row) * PAGE
+        else:
+            slot = tl.load(slots + row * slot_row + group, mask=real, other=0)
+            page = pages + slot.to(tl.int64) * PAGE
         keys = page[:, None] + inside[:, None] * DIM + channel[None, :]
         key = tl.load(keys, mask=real[:, None] & (channel[None, :] < DIM), other=0.0)
         values = page[:, None] + GROUP * DIM + inside[:, None] * V_DIM + v_channel[None, :]
@@ -124,11 +155,25 @@ def _attend(
             score = softcap * (1 - 2 / (1 + tl.exp(score * (2 / softcap))))
         score = tl.where(real[None, :], score, float("-inf"))
         most = tl.maximum(peak, tl.max(score, 1))
+        if TAIL:
+            # What the estimate of its chunk holds of each token.
+            chunk = token // TAIL
+            counted = real & (chunk < chunks) & (chunk * TAIL >= start)
+            own = shifts + (row * HEADS + head[:, None]) * chunks + chunk[None, :]
+            again = tl.load(own, mask=used & counted[None, :], other=0.0)
+            again = tl.dot(middle, tl.trans(key.to(tl.float32)), again, input_precision="tf32x3")
+            again = tl.where(counted[None, :], again, float("-inf"))
+            most = tl.maximum(most, tl.max(again, 1))
         base = tl.where(most == float("-inf"), 0.0, most)
         weight = tl.exp(score - base[:, None])
         shrink = tl.exp(peak - base)
         total = total * shrink + tl.sum(weight, 1)
         result = result * shrink[:, None]
+        if TAIL:
+            again = tl.exp(again - base[:, None])
+            left_total = left_total * shrink - tl.sum(again, 1)
+            left = left * shrink[:, None]
+            left = tl.dot(-again, value.to(tl.float32), left, input_precision="tf32x3")
         if EXACT:
             result = tl.dot(weight, value.to(tl.float32), result, input_precision="ieee")
         else:
@@ -140,12 +185,16 @@ def _attend(
     tl.store(totals + to, total, mask=head < HEADS)
     wanted = used & (v_channel[None, :] < V_DIM)
     tl.store(partial + to[:, None] * V_DIM + v_channel[None, :], result, mask=wanted)
+    if TAIL:
+        tl.store(rest_totals + to, left_total, mask=head < HEADS)
+        tl.store(rest + to[:, None] * V_DIM + v_channel[None, :], left, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["splits", "query_heads"])
+@triton.jit(do_not_specialize=["splits", "query_heads", "tail_splits"])
 def _merge(
-    partial, peaks, totals, logits, out, splits, query_heads,
-    V_DIM: tl.constexpr, V_PADDED: tl.constexpr, STEP: tl.constexpr, SINKS: tl.constexpr,
+    partial, peaks, totals, logits, out, splits, query_heads, rest, rest_totals, tail_values, tail_peaks,
+    tail_totals, tail_splits,
+    V_DIM: tl.constexpr, V_PADDED: tl.constexpr, STEP: tl.constexpr, SINKS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, V_PADDED)
@@ -156,6 +205,8 @@ def _merge(
         peak = tl.load(logits + number % query_heads)
         total += 1.0
     result = tl.zeros([V_PADDED], tl.float32)
+    left_total = tl.zeros([], tl.float32)
+    left = tl.zeros([V_PADDED], tl.float32)
     begin = 0
     while begin < splits:
         split = begin + step
@@ -169,7 +220,35 @@ def _merge(
         wanted = (split[:, None] < splits) & (channel[None, :] < V_DIM)
         part = tl.load(partial + at[:, None] * V_DIM + channel[None, :], mask=wanted, other=0.0)
         result = result * shrink + tl.sum(weight[:, None] * part, 0)
+        if TAIL:
+            own = tl.load(rest_totals + at, mask=split < splits, other=0.0)
+            left_total = left_total * shrink + tl.sum(weight * own, 0)
+            part = tl.load(rest + at[:, None] * V_DIM + channel[None, :], mask=wanted, other=0.0)
+            left = left * shrink + tl.sum(weight[:, None] * part, 0)
         peak = most
         begin += STEP
+    if TAIL:
+        begin = 0
+        while begin < tail_splits:
+            split = begin + step
+            at = number * tail_splits + split
+            own = tl.load(tail_peaks + at, mask=split < tail_splits, other=float("-inf"))
+            most = tl.maximum(peak, tl.max(own, 0))
+            base = tl.where(most == float("-inf"), 0.0, most)
+            weight = tl.exp(own - base)
+            shrink = tl.exp(peak - base)
+            own = tl.load(tail_totals + at, mask=split < tail_splits, other=0.0)
+            left_total = left_total * shrink + tl.sum(weight * own, 0)
+            wanted = (split[:, None] < tail_splits) & (channel[None, :] < V_DIM)
+            part = tl.load(tail_values + at[:, None] * V_DIM + channel[None, :], mask=wanted, other=0.0)
+            left = left * shrink + tl.sum(weight[:, None] * part, 0)
+            total = total * shrink
+            result = result * shrink
+            peak = most
+            begin += STEP
+        # What is left of the chunks without their listed tokens: rounding must not make it negative.
+        left_total = tl.where(left_total < 0, 0.0, left_total)
+        total += left_total
+        result += tl.where(left_total == 0, 0.0, left)
     result = result / tl.where(total == 0, 1.0, total)
     tl.store(out + number * V_DIM + channel, result.to(out.dtype.element_ty), mask=channel < V_DIM)

@@ -1,5 +1,7 @@
 """Triton: softmax masses of groups by low-bit keys (reference: `lowbit.LowBitSummary.scorer`)."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -7,10 +9,20 @@ from torch import Tensor
 
 from hga_compile.kernels.triton_turn import Turned
 
-__all__ = ["Masses", "group_masses"]
+__all__ = ["Kept", "Masses", "group_masses"]
 
 # The interpreter knows no machine instructions.
 _ASSEMBLY = not triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Chunks whose groups are scored: all others are not read."""
+
+    chunks: Tensor
+    """``[rows, n]`` int32, ascending."""
+    groups: int
+    """Groups of a chunk."""
 
 
 class Masses:
@@ -44,8 +56,9 @@ def group_masses(
     group_size: int,
     bits: int,
     rows_of_span: int,
+    kept: Kept | None = None,
 ) -> Masses:
-    """Score all groups before the window.
+    """Score all groups before the window, or those of kept chunks.
 
     Parameters
     ----------
@@ -58,11 +71,13 @@ def group_masses(
     spans : Tensor
         ``[batch or 1, SPAN]`` int32 (see `gpu.Spans`).
     groups : int
-        Groups to look at: all up to the last window, each summarised.
+        Groups to look at: all up to the last window, or those in `kept`, each summarised.
     group_size, bits : int
         Settings of the layer; the group size is a power of two.
     rows_of_span : int
         Rows that a line of `spans` is for.
+    kept : Kept or None
+        Chunks whose groups are looked at; None: all groups.
     """
     rows, heads, dim = turned.high.shape
     # Fewer, larger blocks where there are many: each has a partial sum that all votes read.
@@ -73,9 +88,11 @@ def group_masses(
     _score[(masses.blocks, rows)](
         codes, codes.stride(0), codes.stride(2), scales, scales.stride(0), turned.high, turned.low,
         turned.steps, spans, masses.mass, masses.sums, groups, masses.blocks, rows_of_span,
+        None if kept is None else kept.chunks, 0 if kept is None else kept.chunks.shape[1],
         SPAN=spans.shape[1], HEADS=heads, DIM=dim, BITS=bits, BYTES=width,
         PADDED_BYTES=max(32, triton.next_power_of_2(width)), GROUP=group_size, BLOCK=tokens // group_size,
-        ASSEMBLY=_ASSEMBLY, num_warps=4 if tokens <= 256 else 8,
+        ASSEMBLY=_ASSEMBLY, CHUNK=0 if kept is None else kept.groups * group_size,
+        num_warps=4 if tokens <= 256 else 8,
     )  # fmt: skip
     return masses
 
@@ -111,12 +128,13 @@ def _levels(packed, PLACE: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.conste
     return level
 
 
-@triton.jit(do_not_specialize=["groups", "blocks", "rows_of_span"])
+@triton.jit(do_not_specialize=["groups", "blocks", "rows_of_span", "entries"])
 def _score(
     codes, code_row, code_token, scales, scale_row, highs, lows, steps, spans, mass, sums, groups, blocks,
-    rows_of_span,
+    rows_of_span, kept, entries,
     SPAN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
     PADDED_BYTES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CHUNK: tl.constexpr = 0,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     # Levels of 8 bits are counted from 128.
@@ -127,10 +145,15 @@ def _score(
     span = spans + row // rows_of_span * SPAN
     first, end = tl.load(span), tl.load(span + 2)
     token = block * TOKENS + tl.arange(0, TOKENS)
-    seen = (token >= first * GROUP) & (token < end * GROUP)
+    known = token < groups * GROUP
+    if CHUNK:
+        # Tokens of kept chunks, one chunk after another; the last one may reach past what is summarised.
+        chunk = tl.load(kept + row * entries + token // CHUNK, mask=known, other=0)
+        token = chunk * CHUNK + token % CHUNK
+        known = known & (token < end * GROUP)
+    seen = known & (token >= first * GROUP) & (token < end * GROUP)
     byte = tl.arange(0, PADDED_BYTES)
     head = tl.arange(0, HEADS)
-    known = token < groups * GROUP
     at = codes + row * code_row + token[:, None].to(tl.int64) * code_token + byte[None, :]
     if BYTES == PADDED_BYTES:
         packed = tl.load(at, mask=known[:, None], other=0)

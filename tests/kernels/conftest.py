@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -22,3 +23,13 @@ def quick_and_poisoned(monkeypatch: pytest.MonkeyPatch):
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def place() -> torch.device:
+    """Where Triton's kernels run: on a GPU, or in its interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a CUDA device (slow tests run some of these in Triton's interpreter)")
+    return torch.device("cpu")

@@ -1,15 +1,12 @@
 """The Triton kernels against their references: on a GPU, and a small set in Triton's interpreter on a CPU."""
 
 import math
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from cases import inputs, left_padding, routing, run_steps
+from gpu_cases import CUDA, DTYPES, INTERPRETED, attention, coded, interpret, large, pages_of, token_marks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,68 +15,12 @@ from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import gpu, lowbit, routed
 from hga_compile.kernels.ledger import LEDGER
-from hga_compile.kernels.lowbit import _STEP, decode_keys, encode_keys
+from hga_compile.kernels.lowbit import _STEP, encode_keys
 from hga_compile.kernels.plan import plan_queries
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.route import merge_votes
 from hga_compile.kernels.scoring import Scoring
 from hga_compile.store import pages as pages_module
-from hga_compile.store.pages import Pages
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available()
-# What the interpreter has no room or no arithmetic for: numpy knows no bfloat16.
-large = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
-
-
-@pytest.fixture
-def place() -> torch.device:
-    if not CUDA and not INTERPRETED:
-        pytest.skip("needs a CUDA device (the last test runs some of these in Triton's interpreter)")
-    torch.manual_seed(0)
-    return torch.device("cuda", 0) if CUDA else torch.device("cpu")
-
-
-def pages_of(key: Tensor, value: Tensor, size: int, home: str | None = None) -> Pages:
-    there = torch.device(home) if home else key.device
-    pages = Pages(key.shape[0], key.shape[2], value.shape[2], size, key.dtype, key.device, there)
-    pages.write(key, value, 0)
-    return pages
-
-
-def coded(key: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes with bytes innermost and slack behind, scales, and the rotated keys that they stand for."""
-    rows, tokens, dim = key.shape
-    codes, scales = encode_keys(key.float() @ rotation(dim, key.device), bits)
-    wide = torch.full((rows, tokens + 7, codes.shape[1]), 255, dtype=torch.uint8, device=key.device)
-    wide[:, :tokens] = codes.transpose(1, 2)
-    return wide.transpose(1, 2), scales, decode_keys(codes, scales, bits, dim).double()
-
-
-def token_marks(groups: Tensor, listed: Tensor, size: int, tokens: int, starts: Tensor) -> Tensor:
-    """Mark the tokens of listed groups, ``[rows, tokens]``; checks that the lists ascend."""
-    inside = torch.arange(groups.shape[1], device=groups.device) < listed
-    assert bool(((groups[:, 1:] > groups[:, :-1]) | ~inside[:, 1:]).all())
-    marks = torch.zeros(len(groups), -(-tokens // size), dtype=torch.int32, device=groups.device)
-    marks.scatter_add_(1, groups.long().masked_fill(~inside, 0), inside.int())
-    marks = (marks > 0).repeat_interleave(size, 1)[:, :tokens]
-    return marks & (torch.arange(tokens, device=groups.device) >= starts)
-
-
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, marks: Tensor, scale: float, scoring: Scoring
-) -> Tensor:
-    """Attention to marked tokens in the dtype that it is given."""
-    scores = query @ key.transpose(1, 2) * scale
-    if scoring.softcap:
-        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-    scores = scores.masked_fill(~marks[:, None], -math.inf)
-    if scoring.sinks is not None:
-        sinks = scoring.sinks.to(scores).view(-1, query.shape[1], 1)
-        sinks = sinks.repeat(len(query) // len(sinks), 1, 1)
-        return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1] @ value
-    return torch.softmax(scores, -1).nan_to_num() @ value
 
 
 def check(
@@ -378,10 +319,4 @@ def test_pages_are_not_given_away_while_kernels_read_them(place):
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_a_small_set_in_the_interpreter():
     names = "exact_attention or width or spans or selection or codes or rows_come or conversation"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=500
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    interpret(__file__, names)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hga_compile.configs.budget import Budget, Window
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import coarse, gpu
+from hga_compile.kernels import coarse, gpu_tiles
 from hga_compile.kernels.lowbit import LowBitSummary, encode_keys
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.scoring import Scoring
@@ -115,10 +115,10 @@ def check(
             begun = begun.to(place)
         here._bytes_last = False
         reference = here.tile_keys(known, begun)
-        made = gpu.tile_keys(wide.transpose(1, 2), scales, known, size, bits, dim, begun)
+        made = gpu_tiles.tile_keys(wide.transpose(1, 2), scales, known, size, bits, dim, begun)
     else:
         means = key.float()[:, : known * size].unflatten(1, (-1, size)).mean(2).to(torch.float16)
-        there, here = gpu.coarse_means(means, known), coarse.average(means.float(), 1)
+        there, here = gpu_tiles.coarse_means(means, known), coarse.average(means.float(), 1)
         made, reference = coarse.TileKeys(there, there), coarse.TileKeys(here, here)
     for there, want in ((made.means, reference.means), (made.anchors, reference.anchors)):
         assert bool((there.values[..., dim:].float() == 0).all())
@@ -129,8 +129,8 @@ def check(
         )
 
     lists: dict[int, Tensor] = {}
-    out = gpu.prefill_tiles(
-        key, value, made, query, gpu.tile_spans(tiles, turn, starts, place), tiles, first=first,
+    out = gpu_tiles.prefill_tiles(
+        key, value, made, query, gpu_tiles.tile_spans(tiles, turn, starts, place), tiles, first=first,
         routing=setting, scale=scale, scoring=scoring,
         listed=keep(lists),
     )  # fmt: skip
@@ -241,7 +241,7 @@ def test_the_sizes_that_models_have(place, dtype, dim, heads):
 
 @large
 def test_runs_of_tiles_are_joined(place, monkeypatch):
-    monkeypatch.setattr(gpu, "_RUN_BYTES", 12 * 2 * 400 * 3)
+    monkeypatch.setattr(gpu_tiles, "_RUN_BYTES", 12 * 2 * 400 * 3)
     check(place, tokens=1600, first=0, tile=32, dtype=torch.float16, dense_below=100)
 
 
@@ -273,9 +273,9 @@ def test_a_broken_key_is_attended_to(place):
     scales[0, 61] = math.nan
     tiles = plan_tiles(setting, 0, 160, None, 16)
     lists: dict[int, Tensor] = {}
-    made = gpu.tile_keys(codes.transpose(1, 2).contiguous().transpose(1, 2), scales, 38, 4, 2, 16, None)
-    gpu.prefill_tiles(
-        key, value, made, query, gpu.tile_spans(tiles, True, None, place), tiles, first=0,
+    made = gpu_tiles.tile_keys(codes.transpose(1, 2).contiguous().transpose(1, 2), scales, 38, 4, 2, 16, None)
+    gpu_tiles.prefill_tiles(
+        key, value, made, query, gpu_tiles.tile_spans(tiles, True, None, place), tiles, first=0,
         routing=setting, scale=0.25, listed=keep(lists),
     )  # fmt: skip
     for number in range(6, 10):

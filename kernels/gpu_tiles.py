@@ -1,0 +1,176 @@
+"""What runs in Triton on a GPU for the queries of a prefill, with no wait for it in between.
+
+The modules of the kernels import Triton, which not every machine has: they are imported here, when used.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hga_compile.configs.routing import Routing
+from hga_compile.kernels.coarse import BLOCK, Coarse, TileKeys
+from hga_compile.kernels.gpu import sent
+from hga_compile.kernels.scoring import PLAIN, Scoring
+from hga_compile.kernels.tiles import Tiles
+
+__all__ = ["coarse_means", "prefill_tiles", "tile_keys", "tile_spans"]
+
+# Votes of a run of tiles and what their selection needs.
+_RUN_BYTES = 2**28
+
+
+def tile_spans(tiles: Tiles, refined: bool, starts: Tensor | None, device: torch.device) -> Tensor:
+    """Put the plan of tiles on the GPU.
+
+    Parameters
+    ----------
+    tiles : Tiles
+        The plan.
+    refined : bool
+        `coarse.TileKeys.refined` of the keys.
+    starts : Tensor or None
+        ``[batch, 1]`` int64 on the CPU: padding before each sequence; None: there is none.
+    device : torch.device
+        The GPU.
+
+    Returns
+    -------
+    Tensor
+        ``[2, tiles, batch or 1, 8]`` int32. Lines as `Spans.table` has them, and the first entry of the
+        anchors that a tile sees, and the one past the last. Then such lines for the choice of candidates:
+        without sinks and window.
+    """
+    plan = tiles.plan
+    starts = torch.zeros(1, 1, dtype=torch.int64, device="cpu") if starts is None else starts
+    own = (plan.sink_start, plan.sink_end, plan.window, plan.taken, tiles.last, starts)
+    none = (plan.sink_end, plan.sink_end, plan.window, tiles.candidates, plan.window, starts)
+    anchors = tiles.anchors(refined)
+    tables = [
+        torch.stack([part.expand(tiles.last.shape) for part in (*parts, *anchors)], -1).transpose(0, 1)
+        for parts in (own, none)
+    ]
+    return sent(torch.stack(tables).to(torch.int32), device)
+
+
+def tile_keys(
+    codes: Tensor, scales: Tensor, groups: int, group_size: int, bits: int, dim: int, starts: Tensor | None
+) -> TileKeys:
+    """Average low-bit keys over groups and blocks (see `triton_coarse.coarse_codes`)."""
+    from hga_compile.kernels import triton_coarse
+
+    return triton_coarse.coarse_codes(codes, scales, groups, group_size, bits, dim, starts)
+
+
+def coarse_means(means: Tensor, groups: int) -> Coarse:
+    """Round means of groups (see `triton_coarse.coarse_means`)."""
+    from hga_compile.kernels import triton_coarse
+
+    return triton_coarse.coarse_means(means, groups)
+
+
+def prefill_tiles(
+    key: Tensor,
+    value: Tensor,
+    keys: TileKeys,
+    query: Tensor,
+    spans: Tensor,
+    tiles: Tiles,
+    *,
+    first: int,
+    routing: Routing,
+    scale: float,
+    scoring: Scoring = PLAIN,
+    listed: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Route the queries of a prefill, a tile at a time, and attend to what each tile is routed to.
+
+    Parameters
+    ----------
+    key, value : Tensor
+        ``[rows, tokens, dim]`` and ``[rows, tokens, v_dim]``, channels contiguous: all tokens up to the last
+        query.
+    keys : TileKeys
+        Of all groups before the last window, on the GPU.
+    query : Tensor
+        ``[batch, kv_heads, heads, queries, dim]``, dtype of the keys.
+    spans : Tensor
+        From `tile_spans`.
+    tiles : Tiles
+        The plan.
+    first : int
+        Position of the first query.
+    routing : Routing
+        Settings of the layer.
+    scale : float
+        Softmax scale.
+    scoring : Scoring
+        Soft-cap and sinks.
+    listed : callable or None
+        Is given each run of tiles: the number of its first one, and the groups attended to,
+        ``[tiles, rows, width]`` int32, ascending; entries past a tile's own list are not written.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, kv_heads, heads, queries, v_dim]``, dtype of the query.
+    """
+    from hga_compile.kernels.triton_coarse import coarse_queries
+    from hga_compile.kernels.triton_tile_attend import attend_tiles
+
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    batch, kv_heads, heads, queries, _ = query.shape
+    rows = batch * kv_heads
+    out = query.new_empty(batch, kv_heads, heads, queries, value.shape[2])
+    logits = None if scoring.sinks is None else scoring.sinks.float()
+    shared = rows // spans.shape[2]
+    # Votes are the largest of what a run needs.
+    step = max(1, _RUN_BYTES // (12 * rows * keys.means.steps.shape[1]))
+    for begin in range(0, tiles.number, step):
+        number = min(step, tiles.number - begin)
+        table, candidates = spans[:, begin : begin + number].flatten(1, 2)
+        asked = coarse_queries(
+            query, first, tiles.first + begin, number, tiles.size, scale, turn=keys.refined
+        )
+        chosen = _choose_for_tiles(asked, keys, tiles, begin, number, table, candidates, routing, shared)
+        attend_tiles(
+            key, value, chosen, table, query, out, logits, first=first, tile=tiles.first + begin,
+            tiles=number, size=tiles.size, group_size=routing.group_size, scale=scale,
+            softcap=scoring.softcap, rows_of_span=shared,
+        )  # fmt: skip
+        if listed is not None:
+            listed(begin, chosen.view(number, rows, -1))
+    return out
+
+
+def _choose_for_tiles(
+    query: Coarse,
+    keys: TileKeys,
+    tiles: Tiles,
+    begin: int,
+    number: int,
+    table: Tensor,
+    candidates: Tensor,
+    routing: Routing,
+    shared: int,
+) -> Tensor:
+    """List the groups of a run of tiles, ``[tiles * rows, width]`` int32."""
+    from hga_compile.kernels.triton_select import select_groups
+    from hga_compile.kernels.triton_tile_refine import votes_by_tokens
+    from hga_compile.kernels.triton_tile_vote import bases_of, votes_by_means
+
+    def longest(part: Tensor) -> int:
+        return max(1, int(part[:, begin : begin + number].max()))
+
+    most, width = routing.vote == "mass_max", longest(tiles.listed)
+    singles, block = (BLOCK, BLOCK) if keys.refined else (0, 1)
+    bases = bases_of(query, keys.anchors, singles, block, table, shared)
+    votes = votes_by_means(query, keys.means, bases, longest(tiles.plan.window), table, most, shared)
+    if keys.codes is None or keys.scales is None:
+        return select_groups(votes, table, width, shared)
+    names = select_groups(votes, candidates, longest(tiles.candidates), shared)
+    votes = votes_by_tokens(
+        query, keys.codes, keys.scales, names, bases, candidates, group_size=routing.group_size,
+        bits=routing.bits, dim=keys.dim, most=most, rows_of_span=shared,
+    )  # fmt: skip
+    return select_groups(votes, table, width, shared, names)

@@ -1,0 +1,108 @@
+"""The Triton kernels compile for a GPU that is not there: a compiler refuses what the interpreter runs."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from gpu_cases import INTERPRETED
+
+from hga_compile.configs.budget import Budget
+from hga_compile.configs.routing import Routing
+from hga_compile.kernels import gpu
+from hga_compile.kernels.plan import plan_queries
+from hga_compile.kernels.rotation import rotation
+from hga_compile.kernels.scoring import Scoring
+from hga_compile.kernels.tail import TailSummary
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None or INTERPRETED, reason="needs Triton's compiler"),
+]
+
+
+class Absent:
+    """As much of Triton's driver as its compiler asks for."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Launches compile their kernel and no more; their names are noted."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+
+    def launch(self: Any, grid: Any) -> Any:
+        def run(*given: Any, **named: Any) -> None:
+            self.run(*given, grid=grid, warmup=True, **named)
+            names.append(self.fn.__name__)
+
+        return run
+
+    monkeypatch.setattr(type(driver), "active", Absent())
+    monkeypatch.setattr(JITFunction, "__getitem__", launch)
+    # Nothing is computed: no value may be looked at.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    return names
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "low-bit keys": {},
+    "8 bits": {"bits": 8, "group_size": 8},
+    "means": {"summary": "mean", "group_size": 16},
+    "chunks of means": {"summary": "mean", "chunk_stage": "on", "group_size": 16},
+    "chunks of low-bit keys": {"chunk_stage": "on", "vote": "mass_max"},
+    "a tail": {"tail": "estimate"},
+}
+
+
+@pytest.mark.parametrize("shape", [(4, 128, torch.bfloat16), (1, 80, torch.float16)], ids=str)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_step(compiled, kind, shape):
+    heads, dim, dtype = shape
+    tokens, rows = 4000, 8
+    routing = Routing(**kind, dense_below=0, chunk_budget=Budget(tokens=512))
+    spans = gpu.spans_of(routing, plan_queries(routing, tokens - 1, 1, None), None, torch.device("cpu"))
+    assert (spans.chunks is not None) == (routing.chunk_stage == "on")
+    size = routing.group_size
+    pages = torch.empty(tokens // size, rows, size * 2 * dim, dtype=dtype)
+    codes, scales = torch.empty(rows, tokens // size, dim, dtype=torch.bfloat16), None
+    if routing.summary == "lowbit":
+        codes = torch.empty(rows, tokens, -(-dim * routing.bits // 8), dtype=torch.uint8).transpose(1, 2)
+        scales = torch.empty(rows, tokens, dtype=torch.float16)
+    tail = None
+    if routing.tail == "estimate":
+        tail = TailSummary(routing.chunk_size, torch.zeros(rows, heads, dim), dim)
+        tail.append(torch.zeros(rows, 3968, dim), torch.zeros(rows, 3968, dim))
+    parts = torch.empty(rows, tokens // 16, dim, dtype=torch.bfloat16)
+    scoring = Scoring() if tail else Scoring(5.0, torch.zeros(rows * heads))
+    gpu.decode_step(
+        pages, codes, scales, torch.empty(rows, heads, dim, dtype=dtype), spans, length=tokens,
+        routing=routing, scale=1.0, scoring=scoring, kv_heads=rows, parts=parts, tail=tail,
+    )  # fmt: skip
+    assert {"_score", "_vote", "_select", "_attend", "_merge"} <= set(compiled)
+
+
+@pytest.mark.parametrize("new", [1, 500])
+def test_summarising_keys_and_moving_rows(compiled, new):
+    keys = torch.empty(8, new * 16, 128, dtype=torch.bfloat16)
+    gpu.store_means(keys, torch.empty(8, 600, 128, dtype=torch.bfloat16), 3, 16)
+    codes = torch.empty(8, 9000, 32, dtype=torch.uint8).transpose(1, 2)
+    rotation(128, keys.device)
+    gpu.encode(keys, torch.empty(8, 128), codes, torch.empty(8, 9000, dtype=torch.float16), 7, 2, 1.0)
+    pages = torch.empty(3000, 8, 4 * 256, dtype=torch.bfloat16)
+    gpu.store_rows(pages, keys[:, :1], keys[:, :1], 5, 4)
+    gpu.load_rows(pages, 5, 9, 128, 4, keys.device)
+    assert compiled == ["_store", "_encode", "_copy", "_copy"]
