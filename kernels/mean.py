@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
@@ -66,6 +67,6 @@ class MeanSummary:
 
 
 @register_summary("mean")
-def _make(routing: Routing, centre: Tensor) -> MeanSummary:
+def _make(routing: Routing, centre: Tensor, kernels: Kernels) -> MeanSummary:
     rows, dim = centre.shape
     return MeanSummary(routing.group_size, rows, dim, torch.bfloat16, centre.device)

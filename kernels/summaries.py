@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 
 __all__ = ["Scorer", "Summary", "make_summary", "register_summary"]
@@ -43,7 +44,7 @@ class Summary(Protocol):
         """Return the bytes allocated."""
 
 
-Factory = Callable[[Routing, Tensor], Summary]
+Factory = Callable[[Routing, Tensor, Kernels], Summary]
 _KINDS: dict[str, Factory] = {}
 
 
@@ -57,7 +58,7 @@ def register_summary(kind: str) -> Callable[[Factory], Factory]:
     return add
 
 
-def make_summary(routing: Routing, centre: Tensor) -> Summary:
+def make_summary(routing: Routing, centre: Tensor, kernels: Kernels = "auto") -> Summary:
     """Build the empty summaries of one layer.
 
     Parameters
@@ -66,6 +67,8 @@ def make_summary(routing: Routing, centre: Tensor) -> Summary:
         Names the kind and its settings.
     centre : Tensor
         ``[rows, dim]`` float32, the mean key of each row, fixed for the life of the layer.
+    kernels : {"auto", "triton", "native", "reference"}
+        What summarises and scores, for kinds that have a choice.
 
     Raises
     ------
@@ -77,7 +80,7 @@ def make_summary(routing: Routing, centre: Tensor) -> Summary:
             f"unknown summary kind, got {routing.summary!r}, expected one of {sorted(_KINDS)} "
             "(routing.summary)"
         )
-    return _KINDS[routing.summary](routing, centre)
+    return _KINDS[routing.summary](routing, centre, kernels)
 
 
 def grown(buffer: Tensor, used: int, needed: int, dim: int) -> Tensor:

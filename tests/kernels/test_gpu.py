@@ -16,14 +16,13 @@ from torch import Tensor
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import gpu, lowbit, routed
+from hga_compile.kernels import dispatch, gpu, lowbit, routed
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import _STEP, decode_keys, encode_keys
 from hga_compile.kernels.plan import plan_queries
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.route import merge_votes
 from hga_compile.kernels.scoring import Scoring
-from hga_compile.store import pages as pages_module
 from hga_compile.store.pages import Pages
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -330,8 +329,10 @@ def test_a_conversation_through_the_store_is_the_references(place, monkeypatch, 
     taken = []
     monkeypatch.setattr(routed, "decode_step", lambda *a, **k: taken.append(1) or gpu.decode_step(*a, **k))
     if not CUDA:
-        for module in (routed, lowbit, pages_module):
-            monkeypatch.setattr(module, "usable", lambda *given: True)
+        # As if the CPU were a GPU: what the kernels do not cover runs in plain torch.
+        monkeypatch.setattr(dispatch, "preferred", lambda kernels, device: "triton")
+        for module in (routed, lowbit):
+            monkeypatch.setattr(module, "preferred", dispatch.preferred)
     with LEDGER.recording() as ours:
         got = run_steps(routing(), given.to(place), steps)
     assert len(taken) == 6
