@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.launch import Score, launch_parameters, shape_of
 from hga_compile.kernels.triton_turn import Turned
 
 __all__ = ["Masses", "group_masses"]
@@ -65,9 +66,8 @@ def group_masses(
         Rows that a line of `spans` is for.
     """
     rows, heads, dim = turned.high.shape
-    # Fewer, larger blocks where there are many: each has a partial sum that all votes read.
-    tokens = 256 if groups * group_size <= 2**16 else 512 if groups * group_size <= 2**18 else 1024
-    tokens = max(256, tokens * 8 // heads, group_size)
+    launch = launch_parameters(Score, codes.device, shape_of(groups * group_size, rows, heads, dim))
+    tokens = max(launch.tokens, group_size)
     masses = Masses(rows, heads, groups, tokens // group_size, turned.high.device)
     width = triton.cdiv(dim * bits, 8)
     _score[(masses.blocks, rows)](
@@ -75,7 +75,7 @@ def group_masses(
         turned.steps, spans, masses.mass, masses.sums, groups, masses.blocks, rows_of_span,
         SPAN=spans.shape[1], HEADS=heads, DIM=dim, BITS=bits, BYTES=width,
         PADDED_BYTES=max(32, triton.next_power_of_2(width)), GROUP=group_size, BLOCK=tokens // group_size,
-        ASSEMBLY=_ASSEMBLY, num_warps=4 if tokens <= 256 else 8,
+        ASSEMBLY=_ASSEMBLY, num_warps=launch.warps,
     )  # fmt: skip
     return masses
 

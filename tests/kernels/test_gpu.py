@@ -17,6 +17,7 @@ from torch import Tensor
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import dispatch, gpu, lowbit, routed
+from hga_compile.kernels.launch import Select, trying
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import _STEP, decode_keys, encode_keys
 from hga_compile.kernels.plan import plan_queries
@@ -226,14 +227,10 @@ def choose(
 
 @pytest.mark.parametrize("few", [16, 64, 2048])
 @pytest.mark.parametrize("count", [0, 1, 7, 60, 197])
-def test_selection_is_top_k_of_which_equals_come_first(place, monkeypatch, few, count):
-    from hga_compile.kernels import triton_select
-
-    monkeypatch.setattr(triton_select, "_FEW", few)
-    monkeypatch.setattr(triton_select, "_MORE", 4 * few)
-    monkeypatch.setattr(triton_select, "_PART", 64)
+def test_selection_is_top_k_of_which_equals_come_first(place, few, count):
     votes = torch.randint(0, 40, (2, 200)) / 7
-    got = choose(place, votes, count, sinks=3, window=5)
+    with trying(Select(part=64, few=few, more=4 * few)):
+        got = choose(place, votes, count, sinks=3, window=5)
     for row in range(2):
         order = sorted(range(3, 200), key=lambda group: (-float(votes[row, group]), group))
         assert got[row] == [0, 1, 2, *sorted(order[:count]), *range(200, 205)]
