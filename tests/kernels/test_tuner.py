@@ -1,6 +1,10 @@
 """The tuner's loop: what is tried, checked, timed and kept; and real kernels under every candidate."""
 
 import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +108,16 @@ def test_real_kernels_give_one_result_under_all_candidates(monkeypatch):
         assert found.refused == 0, found
     assert tried == ["turn", "score", "vote", "select", "attend", "encode", "encode"]
     assert Encode(16, 16, 2) in Encode.candidates()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs the one before")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_real_kernels_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "one_result"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
