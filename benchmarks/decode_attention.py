@@ -3,16 +3,16 @@
     python benchmarks/decode_attention.py
 
 Random K/V: time does not depend on them. Peers in the same run are cuDNN and flash SDPA over the whole K/V
-in GPU memory. The floor is what must be read once, at rates that the same run measures: codes and scales from
-GPU memory, routed K/V from where they lie.
+in GPU memory, and FlexAttention over the same share of it in whole blocks of 128 tokens, given which ones: no
+routing is in its time. The floor is what must be read once, at rates that the same run measures: codes and
+scales from GPU memory, routed K/V from where they lie.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +20,20 @@ import torch
 from common import RESULTS, environment, write_json
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import gpu
 from hga_compile.kernels.plan import plan_queries
+from hga_compile.kernels.tuner import graph_microseconds as microseconds
 
 KV_HEADS, HEADS, DIM, DTYPE = 4, 8, 128, torch.bfloat16
 ROUTING = Routing(budget=Budget(fraction=0.03, tokens=256), auto_chunk_tokens=2**21)
 CASES = ((1, 16384), (1, 65536), (1, 262144), (1, 1048576), (8, 65536))
 PEERS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-
-
-def microseconds(step: Callable[[], object], calls: int = 20, replays: int = 30) -> float:
-    """Return the median time of a call, from replays of a CUDA graph of several."""
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            step()
-    took = []
-    for _ in range(replays):
-        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        took.append(begin.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(took)
+FLEX, FLEX_BLOCK = "FlexAttention", 128
 
 
 def rates() -> dict[str, float]:
@@ -61,6 +44,54 @@ def rates() -> dict[str, float]:
     negation = microseconds(lambda: torch.neg(inside[0], out=inside[1]), 1)
     transfer = microseconds(lambda: inside[0].copy_(host, non_blocking=True), 1)
     return {"gpu": 2 * 2**30 / negation * 1e6, "host": 2**30 / transfer * 1e6}
+
+
+@cache
+def compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_steps(query: Tensor, key: Tensor, value: Tensor, share: float) -> tuple[Any, Any]:
+    """Return FlexAttention over a share of the K/V in random blocks, and dense attention to the same blocks.
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        ``[1, heads, 1, dim]`` and ``[1, kv_heads, tokens, dim]``; tokens are a multiple of the block.
+    share : float
+        Of the blocks.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tokens, device = key.shape[2], key.device
+    blocks = tokens // FLEX_BLOCK
+    order = torch.randperm(blocks, device=device)
+    count = max(1, round(share * blocks))
+    order[:count] = order[:count].sort().values
+    listed, number = order.int().view(1, 1, 1, -1), torch.full((1, 1, 1), count, device=device).int()
+    chosen = torch.zeros(blocks, dtype=torch.bool, device=device).index_fill_(0, order[:count], True)
+    # One list for all heads, of whole blocks, which need no mask: the least work that it can be given.
+    mask = BlockMask.from_kv_blocks(
+        torch.zeros_like(number), listed, number, listed, BLOCK_SIZE=FLEX_BLOCK, seq_lengths=(1, tokens),
+        mask_mod=lambda batch, head, query, key: chosen[key // FLEX_BLOCK],
+    )  # fmt: skip
+    inside = order[:count, None] * FLEX_BLOCK + torch.arange(FLEX_BLOCK, device=device)
+    near = (part[:, :, inside.flatten()] for part in (key, value))
+    dense = torch.nn.functional.scaled_dot_product_attention(query, *near, enable_gqa=True)
+    return lambda: compiled_flex()(query, key, value, block_mask=mask, enable_gqa=True), dense
+
+
+def measure_flex(case: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Add FlexAttention's time to a case, or why there is none."""
+    try:
+        step, want = flex_steps(query, key, value, ROUTING.budget.fraction or 1.0)
+        torch.testing.assert_close(step(), want, rtol=0.02, atol=0.02)
+        case["sparse"] = {FLEX: microseconds(step)}
+    except Exception as error:  # whatever a compiler raises; the other peers go on
+        first = next(iter(str(error).splitlines()), "")
+        case["errors"] = {FLEX: f"{type(error).__name__}: {first}"[:300]}
 
 
 def measure(batch: int, tokens: int, tier: str, bandwidth: dict[str, float]) -> dict[str, Any]:
@@ -103,6 +134,8 @@ def measure(batch: int, tokens: int, tier: str, bandwidth: dict[str, float]) -> 
                         dense, key, value, enable_gqa=True
                     )
                 )
+        if batch == 1:
+            measure_flex(case, dense, key, value)
     return case
 
 
@@ -129,10 +162,14 @@ def main(arguments: list[str] | None = None) -> int:
         },
     )
     table = Table(title="decode attention, microseconds a layer")
-    for heading in ("batch", "tokens", "K/V in", "hga", "measured / floor", *PEERS):
+    for heading in ("batch", "tokens", "K/V in", "hga", "measured / floor", *PEERS, f"{FLEX}, 3%"):
         table.add_column(heading, justify="right")
     for case in cases:
-        peers = (f"{case['peers'][name]:.1f}" if name in case["peers"] else "-" for name in PEERS)
+        times = case["peers"] | case.get("sparse", {})
+        peers = [f"{times[name]:.1f}" if name in times else "-" for name in (*PEERS, FLEX)]
+        if "errors" in case:
+            peers[-1] = "failed"
+            print(f"{FLEX} at {case['tokens']} tokens: {case['errors'][FLEX]}", file=sys.stderr)
         numbers = (f"{case['microseconds']:.1f}", f"{case['measured_over_floor']:.2f}")
         table.add_row(str(case["batch"]), str(case["tokens"]), case["tier"], *numbers, *peers)
     Console().print(table)

@@ -117,7 +117,10 @@ def decode_attention(result: dict[str, Any]) -> str:
     """One layer's decode step beside dense attention."""
     peers = list(result["cases"][0]["peers"])
     headings = ["batch", "tokens", "K/V in", "hga", "floor", "measured / floor"]
+    # Others that read a share of the K/V too; results made before there were any have none.
+    sparse = list(dict.fromkeys(name for case in result["cases"] for name in _sparse(case)))
     headings += [f"{peer}, dense" for peer in peers] + ["against cuDNN"]
+    headings += [f"{name}, 3%, not routed" for name in sparse]
     places = {"gpu": "GPU memory", "host": "pinned host RAM"}
     rows = []
     for case in result["cases"]:
@@ -126,14 +129,25 @@ def decode_attention(result: dict[str, Any]) -> str:
         ratios += [f"{case['peers'][peer]:.1f}" if peer in case["peers"] else "-" for peer in peers]
         dense = case["peers"].get("cuDNN")
         ratios.append(f"{dense / times[0]:.2f}x" if dense else "-")
+        ratios += [_sparse(case).get(name, "-") for name in sparse]
         first = (str(case["batch"]), str(case["tokens"]), places[case["tier"]])
         rows.append((*first, *(f"{time:.1f}" for time in times), *ratios))
     rates = {place: f"{rate / 1e9:,.0f} GB/s" for place, rate in result["bandwidth"].items()}
+    errors = {f"{name}: {why}" for case in result["cases"] for name, why in case.get("errors", {}).items()}
+    failed = "".join(f" {error}." for error in sorted(errors))
+    if sparse:
+        failed = f" {', '.join(sparse)}: as many tokens in blocks of 128 that it is given.{failed}"
     return (
         f"{markdown(tuple(headings), rows, 0)}\n\nMicroseconds a step, routing included, CUDA-graph replay; "
         f"3% of the tokens. Floor: codes and routed K/V read once, at {rates['gpu']} in GPU memory and "
-        f"{rates['host']} from the host (measured by {result['bandwidth_from']})."
+        f"{rates['host']} from the host (measured by {result['bandwidth_from']}).{failed}"
     )
+
+
+def _sparse(case: dict[str, Any]) -> dict[str, str]:
+    """Return the times of peers that read a share of the K/V, as text."""
+    times = {name: f"{time:.1f}" for name, time in case.get("sparse", {}).items()}
+    return times | dict.fromkeys(case.get("errors", {}), "failed")
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -69,7 +69,7 @@ def resolve_profile(
         ``profile`` (a name, a path, a `Profile` or a mapping of its fields); any field, nested or dotted
         (``{"routing.budget.fraction": 0.05}``), which leaves the fields beside it as they are; the
         shorthands ``budget`` (a float is a share without a minimum, an int a count of tokens), ``tier``,
-        ``inner``, ``strict``, ``prefill``.
+        ``inner``, ``strict``, ``prefill``, ``kernels``.
     environ : mapping or None
         The environment, by default the process's: ``HGA_PROFILE``, the shorthands as ``HGA_BUDGET`` and
         so on, any field as ``HGA_ROUTING__GROUP_SIZE``. Empty variables count as unset.

@@ -20,6 +20,7 @@ SHORTHANDS: dict[str, Path] = {
     "inner": ("compile", "inner"),
     "strict": ("compile", "strict"),
     "prefill": ("routing", "prefill"),
+    "kernels": ("compile", "kernels"),
 }
 _YES_NO = dict.fromkeys(("1", "yes", "on", "true"), True) | dict.fromkeys(("0", "no", "off", "false"), False)
 

@@ -17,6 +17,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Budget",
     "CompileSettings",
+    "Kernels",
     "LayerOverride",
     "ModelMatch",
     "Offload",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+
+Kernels = Literal["auto", "triton", "native", "reference"]
 
 _UNITS = {
     "B": 1,
@@ -124,6 +127,10 @@ class CompileSettings(Settings):
     strict: bool = False
     """Whether an attention site that stays dense is an error."""
 
+    kernels: Kernels = "auto"
+    """What routed attention runs in: `auto` takes `triton` on CUDA, `native` (C++) on a CPU, and else, as
+    `reference` does always, plain torch. `triton` and `native` by name are an error where they cannot run."""
+
 
 class Profile(Settings):
     """One complete description of how a model runs.
@@ -160,7 +167,7 @@ class Profile(Settings):
     """Home of the token K/V, and how much memory it may take."""
 
     compile: CompileSettings = CompileSettings()
-    """Inner backend and strictness."""
+    """Inner backend, strictness and kernels."""
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits that identify the profile's content.

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hga_compile.configs.loader import resolve_profile
-from hga_compile.configs.profile import Profile
+from hga_compile.configs.profile import Kernels, Profile
 from hga_compile.kernels import ops
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.states import STATES
@@ -33,6 +33,8 @@ class _Stored:
     device: torch.device
     tier: Literal["gpu", "host"] | None = None
     """Where a store that is opened by code that is not compiled keeps its rows; None: with the K/V."""
+    kernels: Kernels = "auto"
+    """What moves rows that are stored by code that is not compiled."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.handle: Tensor | None = None
@@ -85,7 +87,9 @@ class _Stored:
         if value_states.dtype != key_states.dtype:
             # Under autocast rotated keys are float32, and values are not; a store has one dtype.
             value_states = value_states.to(key_states.dtype)
-        return torch.ops.hga.append(key_states, value_states, self.handle, self.seen, self.slides)
+        return torch.ops.hga.append(
+            key_states, value_states, self.handle, self.seen, self.slides, kernels=self.kernels
+        )
 
     def get_seq_length(self) -> int:
         """Return the number of tokens seen."""
@@ -195,7 +199,7 @@ class _Stored:
         self.sizes = (batch, heads, dim, value_states.shape[-1])
         self.seen = self.get_seq_length()
         self.handle = torch.empty(1, dtype=torch.int64, device="cpu")
-        torch.ops.hga.open(keys, values, self.handle)
+        torch.ops.hga.open(keys, values, self.handle, kernels=self.kernels)
         self._plain_keys = self._plain_values = None
         if self.tier is not None and not torch.compiler.is_compiling():
             self._state().tier = self.tier
@@ -310,7 +314,8 @@ class HGACache(DynamicCache):
     config : transformers.PretrainedConfig
         Of the model.
     profile : Profile, str, path or None
-        Whose `offload.tier` the K/V start in; None: environment and built-in default.
+        Whose `offload.tier` the K/V start in, and whose `compile.kernels` move them; None: environment and
+        built-in default.
 
     Raises
     ------
@@ -331,6 +336,7 @@ class HGACache(DynamicCache):
             if isinstance(layer, _Stored):
                 layer.stored = True
                 layer.tier = "gpu" if self.profile.offload.tier == "gpu" else "host"
+                layer.kernels = self.profile.compile.kernels
 
     @property
     def is_compileable(self) -> bool:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.kernels.mean import MeanSummary
 
 __all__ = ["ChunkSummary"]
@@ -21,11 +22,21 @@ class ChunkSummary:
         KV heads times batch, channels of a head.
     device : torch.device
         Where the summaries live.
+    kernels : {"auto", "triton", "native", "reference"}
+        What makes the means.
     """
 
-    def __init__(self, chunk_size: int, parts: int, rows: int, dim: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        chunk_size: int,
+        parts: int,
+        rows: int,
+        dim: int,
+        device: torch.device,
+        kernels: Kernels = "auto",
+    ) -> None:
         self.chunk_size, self.parts = chunk_size, parts
-        self.part_means = MeanSummary(chunk_size // parts, rows, dim, torch.bfloat16, device)
+        self.part_means = MeanSummary(chunk_size // parts, rows, dim, torch.bfloat16, device, kernels)
 
     @property
     def chunks(self) -> int:

@@ -4,8 +4,7 @@ The modules of the kernels import Triton, which not every machine has: they are 
 """
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,10 +25,7 @@ __all__ = [
     "spans_of",
     "store_means",
     "store_rows",
-    "usable",
 ]
-
-_MOST_CHANNELS, _MOST_HEADS = 256, 64
 
 
 @dataclass(frozen=True)
@@ -72,23 +68,6 @@ class Spans:
     def starts(self, rows: int) -> Tensor:
         """Return the first token of each row that is not padding, ``[rows, 1]``."""
         return self.table[:, 5].repeat_interleave(rows // len(self.table))[:, None]
-
-
-def usable(device: torch.device, dtype: torch.dtype, dim: int, heads: int = 1, group_size: int = 1) -> bool:
-    """Say whether the kernels cover a layer: CUDA with Triton, common dtypes, groups of a power of two."""
-    return (
-        device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and dim <= _MOST_CHANNELS
-        and heads <= _MOST_HEADS
-        and group_size & (group_size - 1) == 0
-        and _has_triton()
-    )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def spans_of(routing: Routing, plan: QueryPlan, starts: Tensor | None, device: torch.device) -> Spans:

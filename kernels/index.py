@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 # Importing a kind's module registers it.
+from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import lowbit as _lowbit
 from hga_compile.kernels import mean as _mean
@@ -32,10 +33,12 @@ class LayerIndex:
     ----------
     routing : Routing
         Settings of the layer.
+    kernels : {"auto", "triton", "native", "reference"}
+        What summarises and scores (`compile.kernels`).
     """
 
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
+    def __init__(self, routing: Routing, kernels: Kernels = "auto") -> None:
+        self.routing, self.kernels = routing, kernels
         self.groups: Summary | None = None
         self.chunks: ChunkSummary | None = None
         self.tail: TailSummary | None = None
@@ -85,7 +88,7 @@ class LayerIndex:
         if self.groups is None:
             if length < routing.centre_tokens:
                 return
-            self.groups = make_summary(routing, self._centre(length, read, key_mask))
+            self.groups = make_summary(routing, self._centre(length, read, key_mask), self.kernels)
         done = self.groups.groups * routing.group_size
         end = length - length % routing.group_size
         if end > done:
@@ -122,7 +125,7 @@ class LayerIndex:
 
     def emptied(self) -> "LayerIndex":
         """Return an index without summaries that makes the same ones again from the same K/V."""
-        other = LayerIndex(self.routing)
+        other = LayerIndex(self.routing, self.kernels)
         # What was noted is replaced, never written to: both may hold it.
         other._queries = None if self._queries is None else replace(self._queries)
         return other
@@ -170,7 +173,7 @@ class LayerIndex:
         keys = read(done, end)[0]
         if self.chunks is None:
             self.chunks = ChunkSummary(
-                size, self.routing.chunk_parts, keys.shape[0], keys.shape[2], keys.device
+                size, self.routing.chunk_parts, keys.shape[0], keys.shape[2], keys.device, self.kernels
             )
         self.chunks.append(keys)
 

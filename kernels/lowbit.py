@@ -8,9 +8,11 @@ token. A group's score is the log-sum-exp of its tokens' low-bit scores.
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.coarse import BLOCK, Coarse, TileKeys, average, to_eight_bits
-from hga_compile.kernels.gpu import encode, usable
+from hga_compile.kernels.dispatch import preferred, triton_serves
+from hga_compile.kernels.gpu import encode
 from hga_compile.kernels.gpu_tiles import tile_keys
 from hga_compile.kernels.levels import decode_levels
 from hga_compile.kernels.native import STEP_TOKENS, routed_steps, scan_scores
@@ -76,16 +78,19 @@ class LowBitSummary:
         `bits` and `group_size` are used.
     centre : Tensor
         ``[rows, dim]`` float32.
+    kernels : {"auto", "triton", "native", "reference"}
+        What encodes and scores, as far as there is a choice.
     """
 
-    def __init__(self, routing: Routing, centre: Tensor) -> None:
+    def __init__(self, routing: Routing, centre: Tensor, kernels: Kernels = "auto") -> None:
+        self.kernels = kernels
         self.bits, self.group_size = routing.bits, routing.group_size
         self.centre = centre
         self.groups = 0
         rows, self.dim = centre.shape
         packed = -(-self.dim * self.bits // 8)
         # A GPU multiplies a token's codes as they lie; a CPU scans many tokens at a time.
-        self._bytes_last = usable(centre.device, torch.float32, self.dim)
+        self._bytes_last = triton_serves(kernels, centre.device, torch.float32, self.dim)
         shape = (rows, 0, packed) if self._bytes_last else (rows, packed, 0)
         self._codes = torch.empty(shape, dtype=torch.uint8, device=centre.device)
         self.scales = torch.empty(rows, 0, dtype=torch.float16, device=centre.device)
@@ -105,7 +110,7 @@ class LowBitSummary:
         used, new = self.groups * self.group_size, keys.shape[1]
         self._codes = grown(self._codes, used, used + new, 1 if self._bytes_last else 2)
         self.scales = grown(self.scales, used, used + new, 1)
-        if self._bytes_last and usable(keys.device, keys.dtype, self.dim):
+        if self._bytes_last and triton_serves(self.kernels, keys.device, keys.dtype, self.dim):
             encode(keys, self.centre, self.codes, self.scales, used, self.bits, _STEP[self.bits])
         else:
             rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
@@ -127,7 +132,7 @@ class LowBitSummary:
             rows, heads, queries, _ = query.shape
             flat, end = self._turned(query), limit * self.group_size
             token = None
-            if queries == 1 and codes.device.type == "cpu" and not self._bytes_last:
+            if queries == 1 and preferred(self.kernels, codes.device) == "native" and codes.is_cpu:
                 # Unpacking alone costs more than this does.
                 token = scan_scores(codes, scales[:, :end], flat, self.bits)
             if token is None:
@@ -172,9 +177,9 @@ class LowBitSummary:
         )  # fmt: skip
         return None if out is None else out.transpose(1, 2)
 
-    def tile_keys(self, groups: int, starts: Tensor | None) -> TileKeys:
+    def tile_keys(self, groups: int, starts: Tensor | None, fused: bool) -> TileKeys:
         """Return what tiles are routed by (see `summaries.Summary`), rotated."""
-        if self._bytes_last:
+        if fused:
             return tile_keys(self.codes, self.scales, groups, self.group_size, self.bits, self.dim, starts)
         tokens = groups * self.group_size
         codes, scales = self.codes[:, :, :tokens], self.scales[:, :tokens]
@@ -217,5 +222,5 @@ class LowBitSummary:
 
 
 @register_summary("lowbit")
-def _make(routing: Routing, centre: Tensor) -> LowBitSummary:
-    return LowBitSummary(routing, centre)
+def _make(routing: Routing, centre: Tensor, kernels: Kernels) -> LowBitSummary:
+    return LowBitSummary(routing, centre, kernels)

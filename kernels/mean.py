@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.coarse import TileKeys, average
-from hga_compile.kernels.gpu import store_means, usable
+from hga_compile.kernels.dispatch import triton_serves
+from hga_compile.kernels.gpu import store_means
 from hga_compile.kernels.gpu_tiles import coarse_means
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
@@ -23,11 +25,20 @@ class MeanSummary:
         KV heads times batch, channels of a head.
     dtype, device
         Of the keys; the means are kept in the same precision.
+    kernels : {"auto", "triton", "native", "reference"}
+        What makes the means.
     """
 
     def __init__(
-        self, group_size: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        group_size: int,
+        rows: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels = "auto",
     ) -> None:
+        self.kernels = kernels
         self.group_size = group_size
         self.groups = 0
         self.means = torch.empty(rows, 0, dim, dtype=dtype, device=device)
@@ -41,7 +52,7 @@ class MeanSummary:
         """Summarise the keys of complete groups; ``[rows, tokens, dim]``."""
         new = keys.shape[1] // self.group_size
         self.means = grown(self.means, self.groups, self.groups + new, 1)
-        if usable(keys.device, keys.dtype, keys.shape[2]):
+        if triton_serves(self.kernels, keys.device, keys.dtype, keys.shape[2]):
             store_means(keys, self.means, self.groups, self.group_size)
         else:
             means = keys.float().unflatten(1, (-1, self.group_size)).mean(2)
@@ -63,12 +74,9 @@ class MeanSummary:
 
         return score
 
-    def tile_keys(self, groups: int, starts: Tensor | None) -> TileKeys:
+    def tile_keys(self, groups: int, starts: Tensor | None, fused: bool) -> TileKeys:
         """Return what tiles are routed by (see `summaries.Summary`): the means."""
-        if usable(self.means.device, self.means.dtype, self.means.shape[2]):
-            means = coarse_means(self.means, groups)
-        else:
-            means = average(self.means[:, :groups].float(), 1)
+        means = coarse_means(self.means, groups) if fused else average(self.means[:, :groups].float(), 1)
         return TileKeys(means, means)
 
     def turned(self, query: Tensor) -> Tensor:
@@ -89,6 +97,6 @@ class MeanSummary:
 
 
 @register_summary("mean")
-def _make(routing: Routing, centre: Tensor) -> MeanSummary:
+def _make(routing: Routing, centre: Tensor, kernels: Kernels) -> MeanSummary:
     rows, dim = centre.shape
-    return MeanSummary(routing.group_size, rows, dim, torch.bfloat16, centre.device)
+    return MeanSummary(routing.group_size, rows, dim, torch.bfloat16, centre.device, kernels)

@@ -16,9 +16,7 @@ import torch
 from platformdirs import user_cache_dir
 from torch import Tensor
 
-from hga_compile.kernels.ledger import LEDGER
-
-__all__ = ["STEP_TOKENS", "Span", "attend_pages", "routed_steps", "scan_scores"]
+__all__ = ["STEP_TOKENS", "Span", "attend_pages", "available", "routed_steps", "scan_scores"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +49,11 @@ class Span(NamedTuple):
     """Groups to choose from `sink_end` on."""
     length: int
     """Tokens of the sequence."""
+
+
+def available() -> bool:
+    """Say whether the library is there; builds it where it is not, once."""
+    return _library() is not None
 
 
 def scan_scores(codes: Tensor, scales: Tensor, query: Tensor, bits: int) -> Tensor | None:
@@ -180,12 +183,11 @@ def routed_steps(
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """Return the built library; None, counted and logged once, where it cannot be built."""
+    """Return the built library; None, logged once, where it cannot be built."""
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.warning("decoding on this CPU scans its index in plain torch, which is slower: %s", error)
-        LEDGER.count_fallback("no C++ compiler: the index is scanned in plain torch")
         return None
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     real = ctypes.c_float

@@ -8,6 +8,7 @@ belong, so rows are overwritten, never doubled.
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.registration import register_op
 from hga_compile.kernels.routed import routed_attention
@@ -18,15 +19,15 @@ from hga_compile.kernels.states import STATES
 __all__ = ["append", "attention", "cached_attention", "open_state", "read_state", "window_attention"]
 
 
-def _open_fake(key: Tensor, value: Tensor, handle: Tensor) -> None:
+def _open_fake(key: Tensor, value: Tensor, handle: Tensor, *, kernels: str = "auto") -> None:
     return None
 
 
 @register_op(
-    "open(Tensor key, Tensor value, Tensor(a!) handle) -> ()",
+    "open(Tensor key, Tensor value, Tensor(a!) handle, *, str kernels='auto') -> ()",
     _open_fake,
 )
-def open_state(key: Tensor, value: Tensor, handle: Tensor) -> None:
+def open_state(key: Tensor, value: Tensor, handle: Tensor, *, kernels: Kernels = "auto") -> None:
     """Open the K/V of a layer.
 
     Parameters
@@ -36,11 +37,13 @@ def open_state(key: Tensor, value: Tensor, handle: Tensor) -> None:
     handle : Tensor
         ``[1]`` int64 on the CPU, written. An operand rather than a result: compilers merge calls with equal
         operands, and two caches would then share one store.
+    kernels : {"auto", "triton", "native", "reference"}
+        What moves the rows (`compile.kernels`).
     """
     opened = STATES.open()
     try:
         if key.shape[2]:
-            STATES.get(opened).put(key, value, key.shape[2])
+            STATES.get(opened).put(key, value, key.shape[2], kernels)
     except BaseException:
         STATES.close(opened)
         raise
@@ -48,7 +51,7 @@ def open_state(key: Tensor, value: Tensor, handle: Tensor) -> None:
 
 
 def _append_fake(
-    key: Tensor, value: Tensor, handle: Tensor, length: int, sliding: bool = False
+    key: Tensor, value: Tensor, handle: Tensor, length: int, sliding: bool = False, *, kernels: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     return (
         key.new_empty((*key.shape[:2], length, key.shape[3])),
@@ -57,12 +60,18 @@ def _append_fake(
 
 
 @register_op(
-    "append(Tensor key, Tensor value, Tensor(a!) handle, SymInt length, bool sliding=False) "
-    "-> (Tensor, Tensor)",
+    "append(Tensor key, Tensor value, Tensor(a!) handle, SymInt length, bool sliding=False, *, "
+    "str kernels='auto') -> (Tensor, Tensor)",
     _append_fake,
 )
 def append(
-    key: Tensor, value: Tensor, handle: Tensor, length: int, sliding: bool = False
+    key: Tensor,
+    value: Tensor,
+    handle: Tensor,
+    length: int,
+    sliding: bool = False,
+    *,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Store new rows and return all of them: what an attention that stays dense reads.
 
@@ -77,6 +86,8 @@ def append(
     sliding : bool
         Whether the layer has a sliding window. Nothing here depends on it: it tells the passes that a mask
         which they cannot read holds more than padding.
+    kernels : {"auto", "triton", "native", "reference"}
+        What moves the rows (`compile.kernels`).
 
     Returns
     -------
@@ -84,7 +95,7 @@ def append(
         ``[batch, kv_heads, length, dim]`` and ``[..., v_dim]``, contiguous, on the device of `key`.
     """
     state = STATES.get(handle)
-    state.put(key, value, length)
+    state.put(key, value, length, kernels)
     return state.full()
 
 
@@ -268,8 +279,8 @@ def attention(
     """
     config = SiteConfig.from_text(site)
     out = routed_attention(
-        query, _Whole(key, value), LayerIndex(config.routing), key.shape[2], key_mask, scale, config.routing,
-        config.layer, Scoring(softcap, sinks),
+        query, _Whole(key, value), LayerIndex(config.routing, config.kernels), key.shape[2], key_mask, scale,
+        config.routing, config.layer, Scoring(softcap, sinks), config.kernels,
     )  # fmt: skip
     return out.contiguous()
 
@@ -278,8 +289,10 @@ class _Whole:
     """K/V that lie in two tensors, as `routed.KeyValues`."""
 
     host_pages = gpu_pages = None
+    paged = False
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.dtype, self.v_dim = key.dtype, value.shape[3]
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
         self.rows = self.key.shape[0]
 

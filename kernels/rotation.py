@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["rotation"]
+__all__ = ["half_rotation", "rotation"]
 
 
 @lru_cache(maxsize=64)
@@ -36,3 +36,9 @@ def rotation(dim: int, device: torch.device) -> Tensor:
             blocks.append(block * 2.0 ** (-power / 2))
     matrix: Tensor = torch.block_diag(*blocks)
     return matrix.to(device)
+
+
+@lru_cache(maxsize=64)
+def half_rotation(dim: int, device: torch.device) -> Tensor:
+    """Return `rotation` in float16."""
+    return rotation(dim, device).half()

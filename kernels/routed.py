@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Protocol
+from typing import Literal, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.attend import attend_full, attend_gathered, attend_masked, routed_mask
-from hga_compile.kernels.gpu import chunks_suffice, decode_step, spans_of, usable
+from hga_compile.kernels.dispatch import Need, Way, choose, give_up, preferred
+from hga_compile.kernels.gpu import chunks_suffice, decode_step, spans_of
 from hga_compile.kernels.gpu_tiles import prefill_tiles, tile_spans
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
@@ -33,6 +35,7 @@ _TILE_BYTES = 2**26
 _SHARED = 64
 # Queries that are planned together.
 _PIECE = 256
+_NO_CHOICE = "a window with nothing to choose from before it"
 
 
 class KeyValues(Protocol):
@@ -45,6 +48,18 @@ class KeyValues(Protocol):
     @property
     def row_bytes(self) -> int:
         """Bytes of K and V of one token in one row."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+
+    @property
+    def v_dim(self) -> int:
+        """Channels of a value."""
+
+    @property
+    def paged(self) -> bool:
+        """Whether they lie in pages, which kernels may read in place."""
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys ``[rows, end - begin, dim]`` and values, on the compute device."""
@@ -131,6 +146,12 @@ class _Call:
     layer: int
     use: Use
     scoring: Scoring
+    kernels: Kernels
+
+    @cached_property
+    def way(self) -> Way:
+        """What runs its routed part; asked for once, as a call in plain torch may be counted."""
+        return choose(self.kernels, self.need("decode" if self.query.shape[3] == 1 else "prefill"))
 
     @property
     def first(self) -> int:
@@ -140,6 +161,37 @@ class _Call:
     def scaled(self) -> Tensor:
         """The query times the softmax scale, ``[rows, heads, queries, dim]`` float32."""
         return (self.query.float() * self.scale).flatten(0, 1)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether queries of a prefill share routed sets."""
+        if self.routing.prefill_tile != "auto":
+            return self.routing.prefill_tile > 1
+        # The chunk stage and the tail are those of single queries.
+        single = self.routing.chunk_stage == "on" or self.index.tail is not None
+        return preferred(self.kernels, self.query.device) == "triton" and not single
+
+    def need(self, phase: Literal["dense", "decode", "prefill"]) -> Need:
+        """Return what the call asks of kernels; its index is up to date."""
+        kv, padding = self.kv, self.padding
+        return Need(
+            device=self.query.device,
+            dtype=kv.dtype,
+            query_dtype=self.query.dtype,
+            channels=max(self.query.shape[4], kv.v_dim),
+            heads=self.query.shape[2],
+            group_size=self.routing.group_size,
+            phase=phase,
+            paged=kv.paged,
+            summary=self.routing.summary,
+            chunks=self.routing.uses_chunks(self.length),
+            shared=self._shared,
+            tail=self.index.tail is not None,
+            padding="" if padding is None else "left" if padding.left else "gaps",
+            sinks=self.routing.sinks > 0,
+            plain=self.scoring.plain,
+            recorded=LEDGER.wants(self.layer),
+        )
 
 
 def routed_attention(
@@ -152,6 +204,7 @@ def routed_attention(
     routing: Routing,
     layer: int,
     scoring: Scoring = PLAIN,
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """Attend from the last queries of a sequence to what they are routed to.
 
@@ -177,6 +230,8 @@ def routed_attention(
         Number of the layer, for the ledger.
     scoring : Scoring
         Soft-cap and sinks. Routing goes by scores without them: a soft-cap keeps their order.
+    kernels : {"auto", "triton", "native", "reference"}
+        What runs it (see `dispatch`).
 
     Returns
     -------
@@ -188,6 +243,8 @@ def routed_attention(
     ValueError
         Query heads that are no multiple of the KV heads, more queries than tokens, a mask that does not fit,
         a tail estimate with a soft-cap or sinks.
+    KernelError
+        Kernels that were asked for by name do not cover the call.
     """
     batch, query_heads, queries, dim = query.shape
     kv_heads = kv.rows // batch
@@ -212,7 +269,7 @@ def routed_attention(
     grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, queries, dim)
     padding = Padding.of(key_mask, length)
     use = LEDGER.use(layer, "decode" if queries == 1 else "prefill")
-    call = _Call(grouped, kv, index, length, padding, scale, routing, layer, use, scoring)
+    call = _Call(grouped, kv, index, length, padding, scale, routing, layer, use, scoring, kernels)
     use.row_bytes = kv.row_bytes
     if routing.tail == "estimate":
         index.note_queries(call.scaled, call.first, None if padding is None else padding.rows(kv.rows))
@@ -222,6 +279,8 @@ def routed_attention(
         or (queries > 1 and routing.prefill == "dense")
     )
     if all_dense:
+        if kernels != "auto":
+            choose(kernels, call.need("dense"))  # better refused now than once the sequence is long
         out = _dense(call)
     elif queries == 1 and (padding is None or padding.left):
         out = _decode(call)
@@ -322,35 +381,33 @@ def _decode(call: _Call) -> Tensor:
 def _native_pages(call: _Call) -> Tensor | None:
     """Return the pages if the C++ kernels can attend to them: float32 on a CPU, nothing but a softmax."""
     plain = call.index.tail is None and call.scoring.plain and not LEDGER.wants(call.layer)
-    return call.kv.host_pages if plain and call.query.dtype == torch.float32 else None
+    native = preferred(call.kernels, call.query.device) == "native"
+    return call.kv.host_pages if native and plain and call.query.dtype == torch.float32 else None
 
 
 def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
     """Route and attend in Triton kernels on a GPU; None where that is not possible."""
+    if call.way != "triton":
+        return None
     routing, summary, pages, padding = call.routing, call.index.groups, call.kv.gpu_pages, call.padding
-    _, kv_heads, heads, _, dim = call.query.shape
-    if pages is None or not isinstance(summary, LowBitSummary | MeanSummary):
-        return None
-    channels = max(dim, pages.shape[2] // routing.group_size - dim)
-    if not usable(call.query.device, pages.dtype, channels, heads, routing.group_size):
-        return None
+    assert pages is not None and isinstance(summary, LowBitSummary | MeanSummary)  # covered
     if not 0 < plan.last_window <= summary.groups:
+        give_up(call.kernels, call.way, _NO_CHOICE)
         return None
     chunks = call.index.chunks if routing.uses_chunks(call.length) else None
-    if chunks is not None and chunks.chunks < call.length // routing.chunk_size:
-        return None
     starts = None
     if padding is not None:
         starts = padding.starts(call.length)
-        # Tokens of a group that begins with padding, or groups of few chunks, are not counted without a wait.
-        if not routing.sinks or (chunks is not None and not chunks_suffice(routing, plan, starts)):
+        # Their groups could not be counted without a wait.
+        if chunks is not None and not chunks_suffice(routing, plan, starts):
+            give_up(call.kernels, call.way, "chunks of a padded row that may hold too few groups")
             return None
     spans = spans_of(routing, plan, starts, call.query.device)
     query = call.query.flatten(0, 1)[:, :, 0].to(pages.dtype)
     codes, scales = summary.stored
     out, groups = decode_step(
         pages, codes, scales, query, spans, length=call.length, routing=routing, scale=call.scale,
-        scoring=call.scoring, kv_heads=kv_heads, parts=None if chunks is None else chunks.means,
+        scoring=call.scoring, kv_heads=call.query.shape[1], parts=None if chunks is None else chunks.means,
         tail=call.index.tail,
     )  # fmt: skip
     _count_scored(call, plan.last_window)
@@ -369,19 +426,21 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
 
 def _steps(call: _Call) -> Tensor | None:
     """Route and attend query by query, in one call on a CPU; None where that is not possible."""
-    pages, summary = _native_pages(call), call.index.groups
-    if pages is None or call.padding is not None or not isinstance(summary, LowBitSummary):
+    if call.way != "native":
         return None
-    if call.routing.uses_chunks(call.length):
-        return None
+    pages, summary = call.kv.host_pages, call.index.groups
+    assert pages is not None and isinstance(summary, LowBitSummary)  # covered
     pieces = [_spans(call.routing, first, count) for first, count in _pieces(call)]
     spans, vote = torch.cat([piece[0] for piece in pieces]), call.routing.vote
     if not 0 < int(spans[:, 2].max()) <= summary.groups:
+        give_up(call.kernels, call.way, _NO_CHOICE)
         return None
     out = summary.steps(pages, call.scaled, call.query.flatten(0, 1), spans, vote, call.scale)
-    if out is not None:
-        _count_scored(call, sum(piece[1] for piece in pieces))
-        call.use.add_attended(call.kv.rows * sum(piece[2] for piece in pieces))
+    if out is None:
+        give_up(call.kernels, call.way, "a score that is not finite")
+        return None
+    _count_scored(call, sum(piece[1] for piece in pieces))
+    call.use.add_attended(call.kv.rows * sum(piece[2] for piece in pieces))
     return out
 
 
@@ -522,22 +581,7 @@ def _tile_size(call: _Call) -> int:
     size = call.routing.prefill_tile
     if size != "auto":
         return int(size)
-    return _SHARED if _gpu_tiles_cover(call) else 1
-
-
-def _gpu_tiles_cover(call: _Call) -> bool:
-    """Say whether the tiles of a prefill can run in Triton kernels."""
-    key, padding = call.kv.read(0, 0), call.padding
-    channels = max(part.shape[2] for part in key)
-    heads, size = call.query.shape[2], call.routing.group_size
-    return (
-        usable(call.query.device, call.query.dtype, channels, heads, size)
-        and call.index.tail is None
-        and call.index.groups is not None
-        and call.routing.chunk_stage != "on"
-        # Without sinks the tokens of a group that begins with padding could not be counted.
-        and (padding is None or (padding.left and call.routing.sinks > 0))
-    )
+    return _SHARED if call.way == "triton" else 1
 
 
 def _shared_tiles(call: _Call, size: int) -> Tensor:
@@ -556,11 +600,11 @@ def _shared_tiles(call: _Call, size: int) -> Tensor:
             # An index into groups that are there: a row of nothing but padding has no vote.
             begun = (starts // routing.group_size).clamp(max=needed - 1) * routing.group_size
             begun = begun[:, 0].repeat_interleave(rows // len(begun)).to(call.query.device)
-        keys = summary.tile_keys(needed, begun)
+        keys = summary.tile_keys(needed, begun, call.way == "triton")
     if keys is not None:
         _count_scored(call, int(tiles.plan.window.sum()) * (rows // len(tiles.plan.window)) // rows)
     key, value = call.kv.read(0, call.length)
-    if keys is not None and _gpu_tiles_cover(call):
+    if keys is not None and call.way == "triton":
         call.use.add_attended(
             tiles.attended(call.first, queries, starts) * (rows // (1 if starts is None else len(starts)))
         )

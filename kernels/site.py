@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 
 __all__ = ["SiteConfig"]
@@ -33,11 +34,14 @@ class SiteConfig:
     """Where its token K/V lives: `gpu` or `host`."""
     routing: Routing
     """Routing of the layer, overrides merged."""
+    kernels: Kernels = "auto"
+    """What it runs in."""
 
     def to_text(self) -> str:
         """Return the text that `from_text` reads."""
         routing = self.routing.model_dump(mode="json")
         fields = {"version": _version(), "layer": self.layer, "tier": self.tier, "routing": routing}
+        fields["kernels"] = self.kernels
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -57,4 +61,4 @@ class SiteConfig:
                 f"expected {_version()}); clear the compile cache"
             )
         routing = Routing.model_validate_json(json.dumps(fields["routing"]))
-        return SiteConfig(fields["layer"], fields["tier"], routing)
+        return SiteConfig(fields["layer"], fields["tier"], routing, fields["kernels"])

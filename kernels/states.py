@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.kernels.scoring import Scoring
 from hga_compile.kernels.site import SiteConfig
 
@@ -27,7 +28,7 @@ class LayerState(Protocol):
     length: int
     """Tokens stored."""
 
-    def put(self, key: Tensor, value: Tensor, length: int) -> None:
+    def put(self, key: Tensor, value: Tensor, length: int, kernels: Kernels = "auto") -> None:
         """Store ``[batch, kv_heads, n, dim]`` rows as the last `n` of `length` tokens."""
 
     def full(self) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.coarse import TileKeys
 
@@ -34,10 +35,11 @@ class Summary(Protocol):
     def scorer(self, groups: int) -> Scorer:
         """Return the scoring function of the first `groups` groups, unpacked once for many queries."""
 
-    def tile_keys(self, groups: int, starts: Tensor | None) -> TileKeys:
+    def tile_keys(self, groups: int, starts: Tensor | None, fused: bool) -> TileKeys:
         """Return what tiles of queries are routed by: of the first `groups` groups, at least one.
 
         `starts` is ``[rows]`` int64: the first token of each row's first group that is not padding; None: 0.
+        With `fused` it is made for the kernels of `gpu_tiles`, else for `tiles.shared_groups`.
         """
 
     def turned(self, query: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class Summary(Protocol):
         """Return the bytes allocated."""
 
 
-Factory = Callable[[Routing, Tensor], Summary]
+Factory = Callable[[Routing, Tensor, Kernels], Summary]
 _KINDS: dict[str, Factory] = {}
 
 
@@ -67,7 +69,7 @@ def register_summary(kind: str) -> Callable[[Factory], Factory]:
     return add
 
 
-def make_summary(routing: Routing, centre: Tensor) -> Summary:
+def make_summary(routing: Routing, centre: Tensor, kernels: Kernels = "auto") -> Summary:
     """Build the empty summaries of one layer.
 
     Parameters
@@ -76,6 +78,8 @@ def make_summary(routing: Routing, centre: Tensor) -> Summary:
         Names the kind and its settings.
     centre : Tensor
         ``[rows, dim]`` float32, the mean key of each row, fixed for the life of the layer.
+    kernels : {"auto", "triton", "native", "reference"}
+        What summarises and scores, for kinds that have a choice.
 
     Raises
     ------
@@ -87,7 +91,7 @@ def make_summary(routing: Routing, centre: Tensor) -> Summary:
             f"unknown summary kind, got {routing.summary!r}, expected one of {sorted(_KINDS)} "
             "(routing.summary)"
         )
-    return _KINDS[routing.summary](routing, centre)
+    return _KINDS[routing.summary](routing, centre, kernels)
 
 
 def grown(buffer: Tensor, used: int, needed: int, dim: int) -> Tensor:

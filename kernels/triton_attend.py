@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.launch import Attend, launch_parameters, shape_of
 from hga_compile.kernels.triton_tail import TailShares
 
 __all__ = ["attend_listed"]
-
-_TOKENS = 64
 
 
 def attend_listed(
@@ -67,10 +66,12 @@ def attend_listed(
     """
     rows, heads, dim = query.shape
     v_dim = pages.shape[-1] // group_size - dim
-    tokens = max(_TOKENS, group_size)
+    shape = shape_of(chosen.shape[1] * group_size, rows, heads, dim)
+    launch = launch_parameters(Attend, query.device, shape)
+    tokens = max(launch.tokens, group_size)
     tiles = triton.cdiv(chosen.shape[1] * group_size, tokens)
     # As many programs as keep all of a large GPU's memory channels busy, each with at least one tile.
-    splits = min(tiles, max(1, 264 // rows))
+    splits = min(tiles, max(1, launch.programs // rows))
     shares = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, shares)
     padded = max(16, triton.next_power_of_2(heads))
@@ -90,7 +91,8 @@ def attend_listed(
         mean, shifts, rest, rest_totals, chunks,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
-        GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, TAIL=chunk_size, num_warps=4,
+        GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, TAIL=chunk_size,
+        num_warps=launch.warps,
     )  # fmt: skip
     out = torch.empty(rows, heads, v_dim, dtype=query.dtype, device=query.device)
     _merge[(rows * heads,)](

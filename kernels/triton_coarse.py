@@ -6,12 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.coarse import BLOCK, LARGEST, Coarse, TileKeys
-from hga_compile.kernels.rotation import rotation
+from hga_compile.kernels.rotation import half_rotation
 
 __all__ = ["coarse_codes", "coarse_means", "coarse_queries"]
 
 _LINES = 64
-_ROWS = 128
+# Lines that a program rounds at a time, and how often: the rotation is read once for all of them.
+_ROWS, _TIMES = 128, 4
 
 
 def _carrier(device: torch.device) -> torch.dtype:
@@ -72,7 +73,7 @@ def coarse_means(means: Tensor, groups: int) -> Coarse:
     _round_rows[(triton.cdiv(groups, _ROWS), 1, rows)](
         means, *strides, means, made.values, made.steps, 0, 0, groups, groups, 1.0, 1, groups,
         HEADS=1, DIM=dim, PADDED=made.values.shape[-1], COLUMNS=_columns(made), ROWS=_ROWS,
-        TURN=False, LARGEST=LARGEST, num_warps=4,
+        TIMES=1, TURN=False, LARGEST=LARGEST, num_warps=4,
     )  # fmt: skip
     return made
 
@@ -103,13 +104,14 @@ def coarse_queries(
     """
     batch, kv_heads, heads, queries, dim = query.shape
     rows, lines = batch * kv_heads, triton.cdiv(size * heads, _LINES) * _LINES
+    times = min(_TIMES, triton.cdiv(lines, _ROWS))
     made = _empty((rows, tiles, lines), dim, query.device)
-    _round_rows[(triton.cdiv(lines, _ROWS), tiles, rows)](
+    _round_rows[(triton.cdiv(lines, _ROWS * times), tiles, rows)](
         query, query.stride(0), query.stride(1), query.stride(2), query.stride(3),
-        rotation(dim, query.device), made.values, made.steps, first, tile, first + queries, size,
+        half_rotation(dim, query.device), made.values, made.steps, first, tile, first + queries, size,
         scale * 1.4426950408889634, kv_heads, lines,
         HEADS=heads, DIM=dim, PADDED=made.values.shape[-1], COLUMNS=_columns(made),
-        ROWS=_ROWS, TURN=turn, LARGEST=LARGEST, num_warps=8,
+        ROWS=_ROWS, TIMES=times, TURN=turn, LARGEST=LARGEST, num_warps=8,
     )  # fmt: skip
     return made
 
@@ -120,7 +122,7 @@ def _empty(shape: tuple[int, ...], dim: int, device: torch.device) -> Coarse:
 
 
 def _columns(made: Coarse) -> int:
-    """Columns of the rotation that a program holds: 64 KB of them."""
+    """Columns of the rotation that a program holds at a time: 32 KB of them."""
     padded = made.values.shape[-1]
     return min(padded, 2**14 // padded)
 
@@ -180,7 +182,7 @@ def _turned(vector, matrix, begin, DIM: tl.constexpr, PADDED: tl.constexpr, COLU
     column = begin + tl.arange(0, COLUMNS)
     inside = (channel[:, None] < DIM) & (column[None, :] < DIM)
     rotate = tl.load(matrix + channel[:, None] * DIM + column[None, :], mask=inside, other=0.0)
-    return tl.dot(vector.to(tl.float16), rotate.to(tl.float16))
+    return tl.dot(vector.to(tl.float16), rotate)
 
 
 @triton.jit(do_not_specialize=["first", "tile", "end", "size", "kv_heads", "lines"])
@@ -188,55 +190,48 @@ def _round_rows(
     given, stride_batch, stride_row, stride_head, stride_query, matrix, values, steps, first, tile, end, size,
     scale, kv_heads, lines,
     HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    TURN: tl.constexpr, LARGEST: tl.constexpr,
+    TIMES: tl.constexpr, TURN: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
+    HELD: tl.constexpr = TURN and COLUMNS == PADDED
     row = tl.program_id(2).to(tl.int64)
-    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    position = (tile + tl.program_id(1)) * size + line // HEADS
-    real = (position >= first) & (position < end) & (line < size * HEADS)
     channel = tl.arange(0, PADDED)
-    at = given + row // kv_heads * stride_batch + row % kv_heads * stride_row
-    at += (line % HEADS).to(tl.int64) * stride_head + (position - first).to(tl.int64) * stride_query
-    vector = tl.load(at[:, None] + channel[None, :], mask=real[:, None] & (channel[None, :] < DIM), other=0.0)
-    vector = vector.to(tl.float32)
-    peak = tl.max(tl.abs(vector), 1)
-    broken = tl.sum(tl.where(tl.abs(vector) < float("inf"), 0, 1), 1) > 0
-    base = tl.where((peak > 0) & (broken == 0), peak, 1.0)
-    # Scaled first: half precision is more than enough for what is rounded to 8 bits.
-    vector = tl.where(broken[:, None], 0.0, vector) / base[:, None]
-    to = (row * tl.num_programs(1) + tl.program_id(1)) * lines + line
-    wanted = line < lines
-    if TURN and COLUMNS == PADDED:
+    if HELD:
         inside = (channel[:, None] < DIM) & (channel[None, :] < DIM)
         rotate = tl.load(matrix + channel[:, None] * DIM + channel[None, :], mask=inside, other=0.0)
-        turned = tl.dot(vector.to(tl.float16), rotate.to(tl.float16))
-        largest = tl.max(tl.abs(turned), 1)
-        step = tl.where(largest > 0, largest, 1.0) / LARGEST
-        value = _eight_bits(turned / step[:, None])
-        tl.store(
-            values + to[:, None] * PADDED + channel[None, :], value.to(values.dtype.element_ty),
-            mask=wanted[:, None],
-        )  # fmt: skip
-    elif TURN:
-        # The matrix is too large to be held: once for the largest, once for the values.
-        largest = tl.zeros([ROWS], tl.float32)
-        for part in tl.static_range(PADDED // COLUMNS):
-            turned = _turned(vector, matrix, part * COLUMNS, DIM, PADDED, COLUMNS)
-            largest = tl.maximum(largest, tl.max(tl.abs(turned), 1))
-        step = tl.where(largest > 0, largest, 1.0) / LARGEST
-        for part in tl.static_range(PADDED // COLUMNS):
-            value = _eight_bits(_turned(vector, matrix, part * COLUMNS, DIM, PADDED, COLUMNS) / step[:, None])
-            column = part * COLUMNS + tl.arange(0, COLUMNS)
-            tl.store(
-                values + to[:, None] * PADDED + column[None, :], value.to(values.dtype.element_ty),
-                mask=wanted[:, None],
-            )  # fmt: skip
-    else:
-        step = tl.full([ROWS], 1.0 / LARGEST, tl.float32)
-        value = _eight_bits(vector / step[:, None])
-        tl.store(
-            values + to[:, None] * PADDED + channel[None, :], value.to(values.dtype.element_ty),
-            mask=wanted[:, None],
-        )  # fmt: skip
-    step = tl.where(broken | (real == 0), float("nan"), base * step * scale)
-    tl.store(steps + to, step, mask=wanted)
+    for time in range(TIMES):
+        line = (tl.program_id(0) * TIMES + time) * ROWS + tl.arange(0, ROWS)
+        wanted = line < lines
+        position = (tile + tl.program_id(1)) * size + line // HEADS
+        real = (position >= first) & (position < end) & (line < size * HEADS)
+        at = given + row // kv_heads * stride_batch + row % kv_heads * stride_row
+        at += (line % HEADS).to(tl.int64) * stride_head + (position - first).to(tl.int64) * stride_query
+        used = real[:, None] & (channel[None, :] < DIM)
+        vector = tl.load(at[:, None] + channel[None, :], mask=used, other=0.0).to(tl.float32)
+        peak = tl.max(tl.abs(vector), 1)
+        broken = tl.sum(tl.where(tl.abs(vector) < float("inf"), 0, 1), 1) > 0
+        base = tl.where((peak > 0) & (broken == 0), peak, 1.0)
+        # Scaled first: half precision is more than enough for what is rounded to 8 bits.
+        vector = tl.where(broken[:, None], 0.0, vector) / base[:, None]
+        to = (row * tl.num_programs(1) + tl.program_id(1)) * lines + line
+        value_at = values + to[:, None] * PADDED
+        if TURN and not HELD:
+            # Once for the largest, once for the values.
+            largest = tl.zeros([ROWS], tl.float32)
+            for part in tl.static_range(PADDED // COLUMNS):
+                turned = _turned(vector, matrix, part * COLUMNS, DIM, PADDED, COLUMNS)
+                largest = tl.maximum(largest, tl.max(tl.abs(turned), 1))
+            step = tl.where(largest > 0, largest, 1.0) / LARGEST
+            for part in tl.static_range(PADDED // COLUMNS):
+                turned = _turned(vector, matrix, part * COLUMNS, DIM, PADDED, COLUMNS)
+                value = _eight_bits(turned / step[:, None]).to(values.dtype.element_ty)
+                column = part * COLUMNS + tl.arange(0, COLUMNS)
+                tl.store(value_at + column[None, :], value, mask=wanted[:, None])
+        else:
+            if TURN:
+                vector = tl.dot(vector.to(tl.float16), rotate)
+            largest = tl.max(tl.abs(vector), 1)
+            step = tl.where(largest > 0, largest, 1.0) / LARGEST
+            value = _eight_bits(vector / step[:, None]).to(values.dtype.element_ty)
+            tl.store(value_at + channel[None, :], value, mask=wanted[:, None])
+        step = tl.where(broken | (real == 0), float("nan"), base * step * scale)
+        tl.store(steps + to, step, mask=wanted)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.launch import Encode, launch_parameters, shape_of
 from hga_compile.kernels.rotation import rotation
 
 __all__ = ["encode"]
@@ -35,12 +36,13 @@ def encode(
     if keys.stride(2) != 1:
         keys = keys.contiguous()
     padded = max(16, triton.next_power_of_2(dim))
-    tokens = 16 if new <= 16 else min(64, 8192 // padded)
+    launch = launch_parameters(Encode, keys.device, shape_of(new, rows, 0, dim))
+    tokens = launch.tokens
     _encode[(triton.cdiv(new, tokens), rows)](
         keys, keys.stride(0), keys.stride(1), centre, rotation(dim, keys.device), codes, *codes.stride(),
         scales, scales.stride(0), new, begin, step,
         DIM=dim, PADDED=padded, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=tokens,
-        COLUMNS=min(padded, 32), num_warps=4,
+        COLUMNS=min(padded, launch.columns), num_warps=launch.warps,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.launch import Score, launch_parameters, shape_of
 from hga_compile.kernels.triton_turn import Turned
 
 __all__ = ["Kept", "Masses", "group_masses"]
@@ -80,9 +81,8 @@ def group_masses(
         Chunks whose groups are looked at; None: all groups.
     """
     rows, heads, dim = turned.high.shape
-    # Fewer, larger blocks where there are many: each has a partial sum that all votes read.
-    tokens = 256 if groups * group_size <= 2**16 else 512 if groups * group_size <= 2**18 else 1024
-    tokens = max(256, tokens * 8 // heads, group_size)
+    launch = launch_parameters(Score, codes.device, shape_of(groups * group_size, rows, heads, dim))
+    tokens = max(launch.tokens, group_size)
     masses = Masses(rows, heads, groups, tokens // group_size, turned.high.device)
     width = triton.cdiv(dim * bits, 8)
     _score[(masses.blocks, rows)](
@@ -91,8 +91,7 @@ def group_masses(
         None if kept is None else kept.chunks, 0 if kept is None else kept.chunks.shape[1],
         SPAN=spans.shape[1], HEADS=heads, DIM=dim, BITS=bits, BYTES=width,
         PADDED_BYTES=max(32, triton.next_power_of_2(width)), GROUP=group_size, BLOCK=tokens // group_size,
-        ASSEMBLY=_ASSEMBLY, CHUNK=0 if kept is None else kept.groups * group_size,
-        num_warps=4 if tokens <= 256 else 8,
+        ASSEMBLY=_ASSEMBLY, CHUNK=0 if kept is None else kept.groups * group_size, num_warps=launch.warps,
     )  # fmt: skip
     return masses
 

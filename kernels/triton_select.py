@@ -8,14 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.launch import Select, Vote, launch_parameters, shape_of
 from hga_compile.kernels.triton_score import Masses
 
 __all__ = ["Votes", "select_groups", "votes_of"]
-
-# Entries that one program holds in registers: most often the few are enough.
-_FEW, _MORE = 2**11, 2**14
-# Groups that one program looks through.
-_PART = 1024
 
 
 @dataclass(frozen=True)
@@ -45,14 +41,16 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
         Rows that a line of `spans` is for.
     """
     rows, groups, padded = masses.mass.shape
-    together = max(1, min(512, 4096 // padded) // masses.block)
+    launch = launch_parameters(Vote, masses.mass.device, shape_of(groups, rows, padded))
+    together = max(1, launch.groups // masses.block)
     run = min(max(8, triton.next_power_of_2(triton.cdiv(groups, 8192))), together * masses.block)
     kind: dict[str, Any] = {"dtype": torch.float32, "device": masses.mass.device}
     votes, tops = torch.empty(rows, groups, **kind), torch.empty(rows, triton.cdiv(groups, run), **kind)
     _vote[(triton.cdiv(masses.blocks, together), rows)](
         masses.mass, masses.sums, spans, votes, tops, groups, tops.shape[1], masses.blocks, rows_of_span,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together, RUN=run,
-        STEP=max(16, min(2048 // padded, triton.next_power_of_2(masses.blocks))), MOST=most, num_warps=4,
+        STEP=max(16, min(2048 // padded, triton.next_power_of_2(masses.blocks))), MOST=most,
+        num_warps=launch.warps,
     )  # fmt: skip
     return Votes(votes, tops)
 
@@ -83,7 +81,9 @@ def select_groups(
         ``[rows, width]`` int32; entries past a row's own list are not written.
     """
     (rows, groups), runs = votes.votes.shape, votes.tops.shape[1]
-    parts = triton.cdiv(groups, _PART)
+    launch = launch_parameters(Select, votes.votes.device, shape_of(groups, rows))
+    part, few, more = launch.part, launch.few, launch.more
+    parts = triton.cdiv(groups, part)
     kind: dict[str, Any] = {"dtype": torch.int32, "device": votes.votes.device}
     # As many runs as there are groups to choose have a top: what is less than their least is not chosen.
     least, counts = torch.empty(rows, **kind), torch.empty(rows, parts, **kind)
@@ -92,15 +92,15 @@ def select_groups(
         votes.tops, spans, least, runs, rows_of_span, SPAN=spans.shape[1], HELD=held,
         num_warps=4 if held <= 4096 else 8,
     )  # fmt: skip
-    _count[(parts, rows)](votes.votes, least, counts, groups, parts, PART=_PART, num_warps=4)
+    _count[(parts, rows)](votes.votes, least, counts, groups, parts, PART=part, num_warps=4)
     left, shape = torch.empty(2, rows, groups, **kind), {"PARTS": triton.next_power_of_2(parts)}
     _keep[(parts, rows)](
-        votes.votes, least, counts, left[0], left[1], names, groups, parts, PART=_PART, **shape, num_warps=4
+        votes.votes, least, counts, left[0], left[1], names, groups, parts, PART=part, **shape, num_warps=4
     )
     chosen = torch.empty(rows, width, **kind)
     _select[(rows,)](
         left[0], left[1], counts, groups, spans, chosen, width, rows_of_span,
-        SPAN=spans.shape[1], COUNTS=parts, **shape, FEW=_FEW, MORE=_MORE, num_warps=8,
+        SPAN=spans.shape[1], COUNTS=parts, **shape, FEW=few, MORE=more, num_warps=launch.warps,
     )  # fmt: skip
     return chosen
 
@@ -161,8 +161,17 @@ def _vote(
 def _least_of(key, count, BITS: tl.constexpr):
     """Return the `count`-th largest key, or a bound below it that agrees in its first bits."""
     least = 0
-    for place in tl.static_range(BITS):
-        candidate = least | (1 << (30 - place))
+    # Two bits at a time: the three counts that tell them are added up in one sum.
+    for pair in tl.static_range(BITS // 2):
+        one, two = least | (1 << (29 - 2 * pair)), least | (2 << (29 - 2 * pair))
+        three = one | two
+        counts = (key >= one).to(tl.int64) + ((key >= two).to(tl.int64) << 20)
+        total = tl.sum(counts + ((key >= three).to(tl.int64) << 40), 0)
+        least = tl.where((total & 0xFFFFF) >= count, one, least)
+        least = tl.where(((total >> 20) & 0xFFFFF) >= count, two, least)
+        least = tl.where((total >> 40) >= count, three, least)
+    if BITS % 2 == 1:
+        candidate = least | (1 << (31 - BITS))
         least = tl.where(tl.sum((key >= candidate).to(tl.int32), 0) >= count, candidate, least)
     return least
 
@@ -182,6 +191,8 @@ def _select(
     own, own_numbers, chosen_to = keys + row * groups, numbers + row * groups, to + sink_end - sink_start
     if listed <= FEW:
         _select_held(own, own_numbers, chosen_to, listed, count, FEW)
+    elif listed <= 4 * FEW:
+        _select_held(own, own_numbers, chosen_to, listed, count, 4 * FEW)
     elif listed <= MORE:
         _select_held(own, own_numbers, chosen_to, listed, count, MORE)
     else:

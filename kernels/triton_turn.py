@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.launch import Turn, launch_parameters, shape_of
 from hga_compile.kernels.rotation import rotation
 
 __all__ = ["Turned", "turn"]
-
-_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,11 @@ def turn(query: Tensor, scale: float) -> Turned:
     padded = max(8, triton.next_power_of_2(heads))
     high = torch.empty(2, rows, padded, dim, dtype=torch.int8, device=query.device)
     steps = torch.empty(rows, padded, dtype=torch.float32, device=query.device)
-    _turn[(rows, triton.cdiv(dim, _COLUMNS))](
+    launch = launch_parameters(Turn, query.device, shape_of(1, rows, padded, dim))
+    _turn[(rows, triton.cdiv(dim, launch.columns))](
         query, rotation(dim, query.device), high[0], high[1], steps, scale,
         HEADS=heads, TO_HEADS=padded, PADDED_HEADS=max(16, padded), DIM=dim,
-        PADDED=triton.next_power_of_2(max(dim, 16)), COLUMNS=_COLUMNS, num_warps=4,
+        PADDED=triton.next_power_of_2(max(dim, 16)), COLUMNS=launch.columns, num_warps=launch.warps,
     )  # fmt: skip
     return Turned(high[0], high[1], steps)
 

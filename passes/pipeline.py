@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch._dynamo.utils import counters
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
@@ -104,14 +105,20 @@ class Rewrite:
     """Put hga's ops in the place of what is proven."""
 
     def __call__(self, work: Work) -> None:
+        kernels = work.profile.compile.kernels
         tier = "gpu" if work.profile.offload.tier == "gpu" else "host"
         # From the last one: what a site reads may be what an earlier one returns, which is replaced then.
         for plan, number in reversed(list(zip(work.plans, work.numbers(), strict=True))):
             if not plan.decision.routed and plan.window is None:
                 continue
             routing = work.profile.routing.for_layer(number, work.layers)
-            rewrite(work.graph, plan, SiteConfig(number, tier, routing))
+            rewrite(work.graph, plan, SiteConfig(number, tier, routing, kernels))
             work.rewritten += 1
+        if kernels != "auto":
+            # What stays dense moves its rows by them too.
+            for node in work.graph.graph.nodes:
+                if node.target in (torch.ops.hga.open.default, torch.ops.hga.append.default):
+                    node.kwargs = node.kwargs | {"kernels": kernels}
 
 
 class Clean:

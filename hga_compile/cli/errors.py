@@ -68,7 +68,8 @@ def describe(error: BaseException) -> tuple[int, str]:
         return FAILURE, one_line(root)
     # A ValueError of the backend is about the profile that it was given.
     refused = root is not error and isinstance(root, ValueError)
-    if refused or isinstance(root, BadInputError) or _is_named(root, "ProfileError"):
+    refused = refused or _is_named(root, "ProfileError") or _is_named(root, "KernelError")
+    if refused or isinstance(root, BadInputError):
         return BAD_INPUT, one_line(root)
     if _is_named(root, "OutOfMemoryError") or isinstance(root, MemoryError):
         return FAILURE, (

@@ -97,6 +97,7 @@ def decisions(model: Any, profile: Any, device: torch.device) -> dict[str, Any]:
     return {
         "model": type(model).__name__,
         "profile": profile.name,
+        "kernels": profile.compile.kernels,
         "sites": sites,
         "routed": routed,
         "dense": len(sites) - routed,
@@ -107,7 +108,8 @@ def decisions(model: Any, profile: Any, device: torch.device) -> dict[str, Any]:
 def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{result['model']} with profile {result['profile']}", title_justify="left")
+    title = f"{result['model']} with profile {result['profile']}, kernels {result['kernels']}"
+    table = Table(title=title, title_justify="left")
     for column in ("graph", "layer", "phase", "site", "decision", "reason", "detail"):
         table.add_column(column, justify="right" if column in ("graph", "layer") else "left")
     for site in result["sites"]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
+from hga_compile.configs.profile import Kernels
 from hga_compile.kernels.attend import attend_window
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.routed import routed_attention
@@ -59,7 +60,7 @@ class LayerStore:
         self._group_size = _PLAIN_GROUP
 
     @_lasting
-    def put(self, key: Tensor, value: Tensor, length: int) -> None:
+    def put(self, key: Tensor, value: Tensor, length: int, kernels: Kernels = "auto") -> None:
         """Store rows as the last ones of `length` tokens; what was stored behind them is forgotten.
 
         Parameters
@@ -68,6 +69,8 @@ class LayerStore:
             ``[batch, kv_heads, n, dim]`` and ``[..., v_dim]``.
         length : int
             Tokens stored once these are in.
+        kernels : {"auto", "triton", "native", "reference"}
+            What moves the rows.
 
         Raises
         ------
@@ -90,6 +93,8 @@ class LayerStore:
             self.pages = Pages(
                 batch * heads, dim, value.shape[3], self._group_size, key.dtype, key.device, home
             )
+        if kernels != self.pages.kernels:
+            self.pages.use(kernels)
         self._check(key, value)
         self.truncate(begin)
         self.pages.write(key.detach().flatten(0, 1), value.detach().flatten(0, 1), begin)
@@ -123,11 +128,11 @@ class LayerStore:
             # The first rows are stored where the site wants them, not moved there afterwards.
             self.tier = "host" if site.tier == "host" else "gpu"
             self._group_size = site.routing.group_size
-        self.put(key, value, length)
+        self.put(key, value, length, site.kernels)
         pages, index = self._settle(site)
         source = _Joined(pages, key.detach().flatten(0, 1), value.detach().flatten(0, 1), length)
         return routed_attention(
-            query, source, index, length, key_mask, scale, site.routing, site.layer, scoring
+            query, source, index, length, key_mask, scale, site.routing, site.layer, scoring, site.kernels
         )
 
     @_lasting
@@ -235,9 +240,10 @@ class LayerStore:
         home = torch.device("cpu") if site.tier == "host" else self.pages.compute
         if self.pages.group_size != site.routing.group_size or self.pages.home != home:
             self.pages = self.pages.moved(site.routing.group_size, home, self.length)
-        if self.index is None or self.index.routing != site.routing:
-            self.index = LayerIndex(site.routing)
-        return self.pages, self.index
+        index = self.index
+        if index is None or index.routing != site.routing or index.kernels != site.kernels:
+            index = self.index = LayerIndex(site.routing, site.kernels)
+        return self.pages, index
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         assert self.pages is not None  # put made them
@@ -265,7 +271,7 @@ class _Joined:
     def __init__(self, pages: Pages, key: Tensor, value: Tensor, length: int) -> None:
         self.pages, self.key, self.value = pages, key, value
         self.begin = length - key.shape[1]
-        self.rows = pages.rows
+        self.rows, self.dtype, self.v_dim, self.paged = pages.rows, pages.dtype, pages.v_dim, True
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         if end <= self.begin:

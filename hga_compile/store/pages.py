@@ -6,7 +6,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from hga_compile.kernels.gpu import load_rows, store_rows, usable
+from hga_compile.configs.profile import Kernels
+from hga_compile.kernels.dispatch import triton_serves
+from hga_compile.kernels.gpu import load_rows, store_rows
 
 __all__ = ["Pages"]
 
@@ -32,6 +34,8 @@ class Pages:
         Where K/V come from and go to.
     home : torch.device
         Where the pages live; pinned when that is the CPU and `compute` is a CUDA device.
+    kernels : {"auto", "triton", "native", "reference"}
+        What moves rows (see `use`).
     """
 
     def __init__(
@@ -43,11 +47,12 @@ class Pages:
         dtype: torch.dtype,
         compute: torch.device,
         home: torch.device,
+        kernels: Kernels = "auto",
     ) -> None:
         self.rows, self.dim, self.v_dim, self.group_size = rows, dim, v_dim, group_size
         self.dtype, self.compute, self.home = dtype, compute, home
         self.buffer = self._allocate(0)
-        self._triton = usable(compute, dtype, max(dim, v_dim))
+        self.use(kernels)
         self._in_flight = False
         """Whether kernels may still be at work on pages in host memory."""
 
@@ -55,6 +60,11 @@ class Pages:
         # Freed pages are given to whoever asks next: no kernel may be reading them then.
         with suppress(Exception):
             self._settle()
+
+    def use(self, kernels: Kernels) -> None:
+        """Move rows by what a profile asks for (`compile.kernels`); the pages stay as they are."""
+        self.kernels = kernels
+        self._triton = triton_serves(kernels, self.compute, self.dtype, max(self.dim, self.v_dim))
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens; what is stored stays."""
@@ -135,7 +145,8 @@ class Pages:
 
     def moved(self, group_size: int, home: torch.device, tokens: int) -> "Pages":
         """Return pages of another group size or home with the first `tokens` tokens."""
-        pages = Pages(self.rows, self.dim, self.v_dim, group_size, self.dtype, self.compute, home)
+        shape = (self.rows, self.dim, self.v_dim, group_size)
+        pages = Pages(*shape, self.dtype, self.compute, home, self.kernels)
         if tokens:
             pages.write(*self.read(0, tokens), 0)
         return pages
@@ -143,7 +154,8 @@ class Pages:
     def clone(self) -> "Pages":
         """Return an independent copy."""
         self._settle()
-        pages = Pages(self.rows, self.dim, self.v_dim, self.group_size, self.dtype, self.compute, self.home)
+        shape = (self.rows, self.dim, self.v_dim, self.group_size)
+        pages = Pages(*shape, self.dtype, self.compute, self.home, self.kernels)
         pages.buffer = self._pinned(self.buffer.clone())
         return pages
 

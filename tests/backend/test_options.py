@@ -36,6 +36,16 @@ def refusal(options, model=None):
     return getattr(caught.value, "inner_exception", caught.value)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "native", "reference"])
+def test_the_kernels_asked_for_are_the_ones_that_run(kernels):
+    pair = Pair(make_model("llama"), {**TIGHT, "kernels": kernels})
+    ids = tokens(1, 200)
+    run(pair.compiled, pair.cache(), [ids[:, :190], *ids[:, 190:].split(1, 1)])
+    report = hga_compile.report()
+    assert report.totals("decode").attended_fraction < 0.3
+    assert not report.fallbacks
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

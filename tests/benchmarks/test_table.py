@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from table import TableError, main, render, update
@@ -63,6 +64,16 @@ RESULTS = {
 }
 
 
+STEP = {"batch": 1, "tokens": 65536, "tier": "gpu", "microseconds": 40.0, "floor_microseconds": 4.0}
+STEP |= {"measured_over_floor": 10.0, "peers": {"cuDNN": 50.0, "flash": 60.0}}
+RESULTS["decode_attention"] = {
+    "benchmark": "decode_attention",
+    "bandwidth": {"gpu": 4e12, "host": 5e10},
+    "bandwidth_from": "the same run",
+    "cases": [STEP, STEP | {"tier": "host", "peers": {}}],
+}
+
+
 @pytest.fixture
 def results(tmp_path):
     for name, result in RESULTS.items():
@@ -74,6 +85,7 @@ ROWS = {
     "quality": "| default | decode | 8192 | 2 | 0.0231 ± 0.0040 [0.0152, 0.0301] |",
     "cpu_decode": "| hga, default | 10.00 | 2.00x | 100.0 | 40.0 | 2.50 |",
     "gpu_memory": "| 4096 | 9.0 | 2.0 | 7.0 | 0.0 | 1.0 | 7.0 |",
+    "decode_attention": "| 1 | 65536 | GPU memory | 40.0 | 4.0 | 10.0 | 50.0 | 60.0 | 1.25x |",
 }
 
 
@@ -85,6 +97,28 @@ def test_each_result_is_a_table_with_what_ran_where(results, name):
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert lines[-1].endswith("smollm2; A CPU, torch 2.13.0, transformers 5.23.0, 2026-11-22.")
+
+
+def test_a_sparse_peer_has_a_column_with_its_time_or_its_failure(results):
+    path = results / "decode_attention.json"
+    assert "FlexAttention" not in render(path)
+    result = json.loads(path.read_text())
+    first, second = result["cases"]
+    cases = [
+        first | {"sparse": {"FlexAttention": 123.4}},
+        first | {"errors": {"FlexAttention": "NoValidChoicesError: none"}},
+        second,
+    ]
+    path.write_text(json.dumps(result | {"cases": cases}))
+    text = render(path)
+    assert "| against cuDNN | FlexAttention, 3%, not routed |" in text
+    assert "| 1.25x | 123.4 |\n" in text and "| 1.25x | failed |\n" in text and "| - | - |\n" in text
+    assert "FlexAttention: NoValidChoicesError: none." in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_the_readme_is_up_to_date():
+    assert main(["--check", str(Path(__file__).parents[2] / "README.md")]) == 0
 
 
 def test_update_replaces_only_between_markers(results):

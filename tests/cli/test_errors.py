@@ -4,6 +4,7 @@ import typer
 
 from hga_compile.cli.errors import BadInputError, CommandError, describe, guarded, one_line
 from hga_compile.configs.errors import ProfileError
+from hga_compile.kernels.dispatch import KernelError
 
 
 class BackendCompilerFailed(RuntimeError):  # the shape of torch._dynamo's own
@@ -18,6 +19,7 @@ class BackendCompilerFailed(RuntimeError):  # the shape of torch._dynamo's own
         (BadInputError("what"), 2),
         (ProfileError("what"), 2),
         (BackendCompilerFailed(ProfileError("what")), 2),
+        (KernelError("what"), 2),
         (CommandError("what"), 1),
         (RuntimeError("what"), 1),
         (torch.OutOfMemoryError("what"), 1),

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import BloomConfig
 from typer.testing import CliRunner
 
@@ -17,7 +18,7 @@ def test_every_site_is_listed_with_decision_and_reason(tiny_model: Path) -> None
     assert done.stderr == ""
     result = json.loads(done.stdout)
     assert result["model"] == "LlamaForCausalLM"
-    assert result["profile"] == "default"
+    assert (result["profile"], result["kernels"]) == ("default", "auto")
     assert (result["routed"], result["dense"]) == (4, 0)
     assert {(site["phase"], site["layer"]) for site in result["sites"]} == {
         ("prefill", 0), ("prefill", 1), ("decode", 0), ("decode", 1),
@@ -55,6 +56,18 @@ def test_strict_refuses_a_dense_site_in_one_line(tmp_path: Path, monkeypatch: py
     (line,) = done.stderr.splitlines()
     assert "stays dense" in line
     assert "compile.strict" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_kernels_that_cannot_run_here_are_bad_input(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HGA_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    done = runner.invoke(app, ["explain", str(tiny_model), "--device", "cpu"])
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert "a CUDA device is needed" in line and "compile.kernels" in line
 
 
 def test_a_setting_that_nothing_serves_is_bad_input(

@@ -79,9 +79,12 @@ def test_fields_set_alone_leave_their_neighbours(options):
 
 
 def test_all_shorthands_reach_their_field():
-    profile = resolve_profile({"tier": "gpu", "inner": "eager", "strict": True, "prefill": "dense"}, {})
+    profile = resolve_profile(
+        {"tier": "gpu", "inner": "eager", "strict": True, "prefill": "dense", "kernels": "native"}, {}
+    )
     assert (profile.offload.tier, profile.compile.inner) == ("gpu", "eager")
     assert (profile.compile.strict, profile.routing.prefill) == (True, "dense")
+    assert profile.compile.kernels == "native"
 
 
 def test_models_tuples_and_empty_sections_are_taken():
@@ -111,7 +114,10 @@ def test_models_tuples_and_empty_sections_are_taken():
             "option routing.grup_size: unknown option; did you mean 'routing.group_size'?",
         ),
         ({"routing": {3: 8}}, "option routing"),
-        ({"zzz": 1}, "option zzz: unknown option; known: budget, tier, inner, strict, prefill, profile"),
+        (
+            {"zzz": 1},
+            "option zzz: unknown option; known: budget, tier, inner, strict, prefill, kernels, profile",
+        ),
         ({"": 1}, "unknown option"),
         ({"..": 1}, "unknown option"),
         ({3: 1}, "option 3: expected a field name, got type int"),
@@ -126,6 +132,10 @@ def test_models_tuples_and_empty_sections_are_taken():
             "option tier: offload.tier: expected 'auto', 'gpu', 'host' or 'nvme', got \"disk\"",
         ),
         ({"strict": "yes"}, "option strict: compile.strict: expected a valid boolean"),
+        (
+            {"kernels": "cuda"},
+            "compile.kernels: expected 'auto', 'triton', 'native' or 'reference', got \"cuda\"",
+        ),
         ({"strict": 1}, "option strict: compile.strict: expected a valid boolean"),
         ({"routing.group_size": "8"}, 'option routing.group_size: expected a valid integer, got "8"'),
         (
@@ -177,6 +187,7 @@ def test_endless_options_are_refused():
         ({"HGA_STRICT": "off"}, "compile.strict", False),
         ({"HGA_COMPILE__STRICT": "yes"}, "compile.strict", True),
         ({"HGA_PREFILL": "dense"}, "routing.prefill", "dense"),
+        ({"HGA_KERNELS": "reference"}, "compile.kernels", "reference"),
         ({"HGA_ROUTING__GROUP_SIZE": "8"}, "routing.group_size", 8),
         ({"HGA_ROUTING__CHUNK_STAGE": "on"}, "routing.chunk_stage", "on"),
         ({"HGA_ROUTING__BUDGET__FRACTION": "0.1"}, "routing.budget", Budget(fraction=0.1, tokens=256)),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.budget import Budget, Window
+from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import ops
 from hga_compile.kernels.ledger import LEDGER, RouteRecord
@@ -34,8 +35,8 @@ def routing(**changes: Any) -> Routing:
     return Routing(**(SMALL | changes))
 
 
-def site(setting: Routing, layer: int = 0, tier: str = "host") -> str:
-    return SiteConfig(layer, tier, setting).to_text()
+def site(setting: Routing, layer: int = 0, tier: str = "host", kernels: Kernels = "auto") -> str:
+    return SiteConfig(layer, tier, setting, kernels).to_text()
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ def left_padding(lengths: Sequence[int], tokens: int) -> Tensor:
     return torch.arange(tokens) >= tokens - torch.tensor(lengths)[:, None]
 
 
-def run_whole(setting: Routing, given: Inputs, layer: int = 0) -> Tensor:
+def run_whole(setting: Routing, given: Inputs, layer: int = 0, kernels: Kernels = "auto") -> Tensor:
     """Everything in one stateless call."""
-    return ops.attention(given.query, given.key, given.value, given.mask, given.scale, site(setting, layer))
+    text = site(setting, layer, kernels=kernels)
+    return ops.attention(given.query, given.key, given.value, given.mask, given.scale, text)
 
 
 def opened(key: Tensor, value: Tensor) -> Tensor:
@@ -98,7 +100,9 @@ def opened(key: Tensor, value: Tensor) -> Tensor:
     return handle
 
 
-def run_steps(setting: Routing, given: Inputs, steps: Sequence[int], layer: int = 0) -> Tensor:
+def run_steps(
+    setting: Routing, given: Inputs, steps: Sequence[int], layer: int = 0, kernels: Kernels = "auto"
+) -> Tensor:
     """The same sequence through one cache, `steps` tokens at a time."""
     assert sum(steps) == given.tokens
     handle = opened(given.key[:, :, :0], given.value[:, :, :0])
@@ -114,7 +118,7 @@ def run_steps(setting: Routing, given: Inputs, steps: Sequence[int], layer: int 
                 length,
                 None if given.mask is None else given.mask[:, :length],
                 given.scale,
-                site(setting, layer),
+                site(setting, layer, kernels=kernels),
             )
         )
     return torch.cat(parts, 2)

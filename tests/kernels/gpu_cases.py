@@ -13,12 +13,11 @@ from cases import inputs, run_steps
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import gpu, lowbit, routed
+from hga_compile.kernels import dispatch, gpu, lowbit, mean, routed
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import decode_keys, encode_keys
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.scoring import Scoring
-from hga_compile.store import pages as pages_module
 from hga_compile.store.pages import Pages
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -97,8 +96,10 @@ def converse(
     monkeypatch.setattr(routed, "decode_step", step)
     if not CUDA:
         # The interpreter cuts to bfloat16 where all else rounds: means are made by the reference.
-        for module in (routed, lowbit, pages_module):
-            monkeypatch.setattr(module, "usable", lambda *given: True)
+        monkeypatch.setattr(dispatch, "preferred", lambda kernels, device: "triton")
+        for module in (routed, lowbit):
+            monkeypatch.setattr(module, "preferred", dispatch.preferred)
+        monkeypatch.setattr(mean, "triton_serves", lambda *given: False)
     with LEDGER.recording() as ours:
         got = run_steps(setting, given.to(place), steps)
     torch.testing.assert_close(got.cpu(), want, atol=1e-5, rtol=1e-5)

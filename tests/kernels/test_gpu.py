@@ -13,14 +13,14 @@ from torch import Tensor
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import gpu, lowbit, routed
+from hga_compile.kernels import dispatch, gpu, lowbit, routed
+from hga_compile.kernels.launch import Select, trying
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import _STEP, encode_keys
 from hga_compile.kernels.plan import plan_queries
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.route import merge_votes
 from hga_compile.kernels.scoring import Scoring
-from hga_compile.store import pages as pages_module
 
 
 def check(
@@ -168,14 +168,10 @@ def choose(
 
 @pytest.mark.parametrize("few", [16, 64, 2048])
 @pytest.mark.parametrize("count", [0, 1, 7, 60, 197])
-def test_selection_is_top_k_of_which_equals_come_first(place, monkeypatch, few, count):
-    from hga_compile.kernels import triton_select
-
-    monkeypatch.setattr(triton_select, "_FEW", few)
-    monkeypatch.setattr(triton_select, "_MORE", 4 * few)
-    monkeypatch.setattr(triton_select, "_PART", 64)
+def test_selection_is_top_k_of_which_equals_come_first(place, few, count):
     votes = torch.randint(0, 40, (2, 200)) / 7
-    got = choose(place, votes, count, sinks=3, window=5)
+    with trying(Select(part=64, few=few, more=4 * few)):
+        got = choose(place, votes, count, sinks=3, window=5)
     for row in range(2):
         order = sorted(range(3, 200), key=lambda group: (-float(votes[row, group]), group))
         assert got[row] == [0, 1, 2, *sorted(order[:count]), *range(200, 205)]
@@ -271,8 +267,10 @@ def test_a_conversation_through_the_store_is_the_references(place, monkeypatch, 
     taken = []
     monkeypatch.setattr(routed, "decode_step", lambda *a, **k: taken.append(1) or gpu.decode_step(*a, **k))
     if not CUDA:
-        for module in (routed, lowbit, pages_module):
-            monkeypatch.setattr(module, "usable", lambda *given: True)
+        # As if the CPU were a GPU: what the kernels do not cover runs in plain torch.
+        monkeypatch.setattr(dispatch, "preferred", lambda kernels, device: "triton")
+        for module in (routed, lowbit):
+            monkeypatch.setattr(module, "preferred", dispatch.preferred)
     with LEDGER.recording() as ours:
         got = run_steps(routing(), given.to(place), steps)
     assert len(taken) == 6

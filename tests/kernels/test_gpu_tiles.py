@@ -106,15 +106,15 @@ def check(
     if turn:
         codes, scales = encode_keys(key.float() @ rotate, bits)
         here = LowBitSummary(setting, torch.zeros(rows, dim, device=place))
-        here._codes, here.scales, here.groups = codes, scales, known
+        here._bytes_last, here.groups = False, known
+        here._codes, here.scales = codes, scales
         wide = torch.full((rows, tokens + 3, codes.shape[1]), 255, dtype=torch.uint8, device=place)
         wide[:, :tokens] = codes.transpose(1, 2)
         begun = None
         if starts is not None:
             begun = (starts[:, 0] // size * size).clamp(max=known * size - size).repeat_interleave(kv_heads)
             begun = begun.to(place)
-        here._bytes_last = False
-        reference = here.tile_keys(known, begun)
+        reference = here.tile_keys(known, begun, False)
         made = gpu_tiles.tile_keys(wide.transpose(1, 2), scales, known, size, bits, dim, begun)
     else:
         means = key.float()[:, : known * size].unflatten(1, (-1, size)).mean(2).to(torch.float16)

@@ -80,7 +80,7 @@ def test_a_kind_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(summaries, "_KINDS", dict(summaries._KINDS))
     made = object()
-    register_summary("mean")(lambda routing, centre: made)  # type: ignore[arg-type]
+    register_summary("mean")(lambda routing, centre, kernels: made)  # type: ignore[arg-type]
     assert make_summary(routing(summary="mean"), torch.zeros(1, 8)) is made
     del summaries._KINDS["mean"]
     with pytest.raises(ValueError, match=r"got 'mean', expected one of .*'lowbit'.* \(routing.summary\)"):

@@ -17,9 +17,17 @@ from hga_compile.kernels.site import SiteConfig
     bits=st.sampled_from([1, 2, 4, 8]),
     tail=st.sampled_from(["drop", "estimate"]),
     layers=st.lists(st.integers(-5, 5), max_size=3),
+    kernels=st.sampled_from(["auto", "triton", "native", "reference"]),
 )
 def test_comes_back_from_its_text(
-    layer: int, tier: str, fraction: float, group_size: int, bits: int, tail: str, layers: list[int]
+    layer: int,
+    tier: str,
+    fraction: float,
+    group_size: int,
+    bits: int,
+    tail: str,
+    layers: list[int],
+    kernels: str,
 ) -> None:
     routing = Routing(
         budget=Budget(fraction=fraction),
@@ -29,7 +37,7 @@ def test_comes_back_from_its_text(
         tail=tail,
         dense_layers=tuple(layers),
     )
-    site = SiteConfig(layer, tier, routing)
+    site = SiteConfig(layer, tier, routing, kernels)
     text = site.to_text()
     again = SiteConfig.from_text(text)
     assert again == site and again.to_text() == text
@@ -38,7 +46,8 @@ def test_comes_back_from_its_text(
 
 def test_every_setting_changes_the_text() -> None:
     texts = {
-        SiteConfig(layer, tier, routing).to_text()
+        SiteConfig(layer, tier, routing, kernels).to_text()
+        for kernels in ("auto", "reference")
         for layer in (0, 1)
         for tier in ("gpu", "host")
         for routing in (
@@ -50,7 +59,7 @@ def test_every_setting_changes_the_text() -> None:
             Routing(centre_tokens=255),
         )
     }
-    assert len(texts) == 24
+    assert len(texts) == 48
     assert SiteConfig(0, "host", Routing()).to_text() == SiteConfig(0, "host", Routing()).to_text()
 
 

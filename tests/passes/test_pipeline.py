@@ -84,6 +84,18 @@ def test_the_tier_goes_into_the_graph(tier):
     assert f'"tier":"{"gpu" if tier == "gpu" else "host"}"' in node.args[-1]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference", "native"])
+def test_the_kernels_go_into_the_graph(kernels):
+    result = run(routed_and_dense, *rows(6), compile=CompileSettings(kernels=kernels))
+    (node,) = result.graph.graph.find_nodes(op="call_function", target=torch.ops.hga.attention.default)
+    assert f'"kernels":"{kernels}"' in node.args[-1]
+    new, handle = torch.randn(2, KV_HEADS, 9, DIM), torch.zeros(1, dtype=torch.int64)
+    torch.ops.hga.open(new[:, :, :0], new[:, :, :0], handle)
+    result = run(unfused, new, new, new, handle, compile=CompileSettings(kernels=kernels))
+    (node,) = result.graph.graph.find_nodes(op="call_function", target=torch.ops.hga.append.default)
+    assert node.kwargs.get("kernels", "auto") == kernels
+
+
 @pytest.mark.parametrize(
     "routing",
     [
