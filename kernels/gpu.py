@@ -106,21 +106,23 @@ def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.devi
     tokens = lists * size - (starts - plan.sink_start * size).clamp(min=0) - -(plan.first + 1) % size
     width, attended, chunks = int(lists.max()), int(tokens.sum()), None
     if routing.uses_chunks(plan.first + 1):
-        chunks = _chunk_spans(routing, plan, starts, device)
+        chunks = _chunk_spans(routing, plan, device)
     return Spans(sent(table, device), width, plan.last_window, attended, chunks)
 
 
-def _kept_chunks(routing: Routing, plan: QueryPlan, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _kept_chunks(routing: Routing, plan: QueryPlan) -> tuple[Tensor, Tensor, Tensor]:
     """First chunk with a token, chunks before the window, and how many are kept: ``[batch or 1, 1]`` each."""
-    chunks = plan.window // (routing.chunk_size // routing.group_size)
-    first = torch.minimum(starts // routing.chunk_size, chunks)
+    per_chunk = routing.chunk_size // routing.group_size
+    chunks = plan.window // per_chunk
+    # By the plan, which has a row of nothing but padding begin where it has groups to choose.
+    first = torch.minimum(plan.sink_start // per_chunk, chunks)
     whole = plan.dense
     if routing.chunk_stage == "auto":
         whole = whole | (plan.visible <= routing.auto_chunk_tokens)
     return first, chunks, torch.where(whole, chunks - first, torch.minimum(plan.chunks, chunks - first))
 
 
-def chunks_suffice(routing: Routing, plan: QueryPlan, starts: Tensor) -> bool:
+def chunks_suffice(routing: Routing, plan: QueryPlan) -> bool:
     """Say whether the chunks that a query keeps hold the groups it may choose, whichever they are.
 
     Only then is their number known without a wait. The first chunk may hold padding: without any they do.
@@ -131,21 +133,17 @@ def chunks_suffice(routing: Routing, plan: QueryPlan, starts: Tensor) -> bool:
         Settings of the layer.
     plan : QueryPlan
         Of one query.
-    starts : Tensor
-        ``[batch, 1]`` int64 on the CPU: padding before each sequence.
     """
-    first, chunks, kept = _kept_chunks(routing, plan, starts)
+    first, chunks, kept = _kept_chunks(routing, plan)
     per_chunk = routing.chunk_size // routing.group_size
     least = kept * per_chunk - (plan.sink_end - first * per_chunk)
     return bool(((kept == chunks - first) | (least >= plan.taken)).all())
 
 
-def _chunk_spans(
-    routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.device
-) -> ChunkSpans | None:
+def _chunk_spans(routing: Routing, plan: QueryPlan, device: torch.device) -> ChunkSpans | None:
     """Plan level 1 of one query a sequence; None where it keeps all chunks, or nothing is chosen."""
     per_chunk = routing.chunk_size // routing.group_size
-    first, chunks, kept = _kept_chunks(routing, plan, starts)
+    first, chunks, kept = _kept_chunks(routing, plan)
     chosen, rest = plan.taken, plan.window % per_chunk
     if not bool(((kept < chunks - first) & (chosen > 0)).any()):
         return None

@@ -399,7 +399,7 @@ def _gpu_step(call: _Call, plan: QueryPlan) -> Tensor | None:
     if padding is not None:
         starts = padding.starts(call.length)
         # Their groups could not be counted without a wait.
-        if chunks is not None and not chunks_suffice(routing, plan, starts):
+        if chunks is not None and not chunks_suffice(routing, plan):
             give_up(call.kernels, call.way, "chunks of a padded row that may hold too few groups")
             return None
     spans = spans_of(routing, plan, starts, call.query.device)

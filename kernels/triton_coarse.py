@@ -12,7 +12,7 @@ __all__ = ["coarse_codes", "coarse_means", "coarse_queries"]
 
 _LINES = 64
 # Lines that a program rounds at a time, and how often: the rotation is read once for all of them.
-_ROWS, _TIMES = 128, 4
+_ROWS, _TIMES = 64, 8
 
 
 def _carrier(device: torch.device) -> torch.dtype:
@@ -73,7 +73,7 @@ def coarse_means(means: Tensor, groups: int) -> Coarse:
     _round_rows[(triton.cdiv(groups, _ROWS), 1, rows)](
         means, *strides, means, made.values, made.steps, 0, 0, groups, groups, 1.0, 1, groups,
         HEADS=1, DIM=dim, PADDED=made.values.shape[-1], COLUMNS=_columns(made), ROWS=_ROWS,
-        TIMES=1, TURN=False, LARGEST=LARGEST, num_warps=4,
+        TIMES=1, TURN=False, LARGEST=LARGEST, num_warps=4, num_stages=1,
     )  # fmt: skip
     return made
 
@@ -111,7 +111,7 @@ def coarse_queries(
         half_rotation(dim, query.device), made.values, made.steps, first, tile, first + queries, size,
         scale * 1.4426950408889634, kv_heads, lines,
         HEADS=heads, DIM=dim, PADDED=made.values.shape[-1], COLUMNS=_columns(made),
-        ROWS=_ROWS, TIMES=times, TURN=turn, LARGEST=LARGEST, num_warps=8,
+        ROWS=_ROWS, TIMES=times, TURN=turn, LARGEST=LARGEST, num_warps=4, num_stages=1,
     )  # fmt: skip
     return made
 

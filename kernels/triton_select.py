@@ -13,6 +13,8 @@ from hga_compile.kernels.triton_score import Masses
 
 __all__ = ["Votes", "select_groups", "votes_of"]
 
+_MANY_ROWS = 128
+
 
 @dataclass(frozen=True)
 class Votes:
@@ -82,7 +84,10 @@ def select_groups(
     """
     (rows, groups), runs = votes.votes.shape, votes.tops.shape[1]
     launch = launch_parameters(Select, votes.votes.device, shape_of(groups, rows))
-    part, few, more = launch.part, launch.few, launch.more
+    part, few, more, warps = launch.part, launch.few, launch.more, launch.warps
+    if rows > _MANY_ROWS:
+        # With many programs on a multiprocessor few registers matter more than how much one program holds.
+        more, warps = 4 * few, 16
     parts = triton.cdiv(groups, part)
     kind: dict[str, Any] = {"dtype": torch.int32, "device": votes.votes.device}
     # As many runs as there are groups to choose have a top: what is less than their least is not chosen.
@@ -100,7 +105,7 @@ def select_groups(
     chosen = torch.empty(rows, width, **kind)
     _select[(rows,)](
         left[0], left[1], counts, groups, spans, chosen, width, rows_of_span,
-        SPAN=spans.shape[1], COUNTS=parts, **shape, FEW=few, MORE=more, num_warps=launch.warps,
+        SPAN=spans.shape[1], COUNTS=parts, **shape, FEW=few, MORE=more, num_warps=warps,
     )  # fmt: skip
     return chosen
 
@@ -191,7 +196,7 @@ def _select(
     own, own_numbers, chosen_to = keys + row * groups, numbers + row * groups, to + sink_end - sink_start
     if listed <= FEW:
         _select_held(own, own_numbers, chosen_to, listed, count, FEW)
-    elif listed <= 4 * FEW:
+    elif (4 * FEW < MORE) & (listed <= 4 * FEW):
         _select_held(own, own_numbers, chosen_to, listed, count, 4 * FEW)
     elif listed <= MORE:
         _select_held(own, own_numbers, chosen_to, listed, count, MORE)

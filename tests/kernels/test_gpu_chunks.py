@@ -65,7 +65,7 @@ def routes(
     mask = None if starts is None else torch.arange(tokens) >= starts
     plan = plan_queries(setting, tokens - 1, 1, mask)
     if starts is not None:
-        assume(gpu.chunks_suffice(setting, plan, starts))
+        assume(gpu.chunks_suffice(setting, plan))
     spans = gpu.spans_of(setting, plan, starts, query.device)
     scale = query.shape[2] ** -0.5
     assert isinstance(summary, MeanSummary)
@@ -210,7 +210,7 @@ def test_half_a_million_tokens(place, summary):
     query = torch.randn(4, 8, 128, device=place)
     if summary == "lowbit":
         # One key that a query looks for, in a chunk and a group of their own.
-        query[:, 0] = 3 * keys[:, 300_001].float()
+        query[:] = 3 * keys[:, None, 300_001].float()
         from hga_compile.kernels.triton_route import route
 
         spans = gpu.spans_of(setting, plan_queries(setting, 500_002, 1, None), None, place)

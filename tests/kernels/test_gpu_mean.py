@@ -112,7 +112,8 @@ def test_a_broken_mean_has_the_votes_that_the_reference_gives_it(place, value, p
 
 
 def test_a_query_that_sees_nothing_has_no_votes(place):
-    assert bool((votes_by(place, torch.randn(1, 9, 16, device=place), torch.randn(1, 2, 16), 0) == -1).all())
+    means, query = torch.randn(1, 9, 16, device=place), torch.randn(1, 2, 16, device=place)
+    assert bool((votes_by(place, means, query, 0) == -1).all())
 
 
 @pytest.mark.parametrize("size", [4, 16])
