@@ -144,6 +144,26 @@ def decode_attention(result: dict[str, Any]) -> str:
     )
 
 
+def prefill_attention(result: dict[str, Any]) -> str:
+    """One layer's prefill beside dense attention."""
+    peers = list(dict.fromkeys(name for case in result["cases"] for name in case["peers"]))
+    headings = ["tokens", "attended", "hga", "floor", "measured / floor", *peers, "against cuDNN"]
+    rows = []
+    for case in result["cases"]:
+        took, dense = case["milliseconds"], case["peers"].get("cuDNN")
+        numbers = (f"{case['attended']:.1%}", f"{took:.2f}", f"{case['floor_milliseconds']:.2f}")
+        times = (f"{case['peers'][peer]:.2f}" if peer in case["peers"] else "failed" for peer in peers)
+        ratio = f"{dense / took:.2f}x" if dense else "-"
+        rows.append((str(case["tokens"]), *numbers, f"{case['measured_over_floor']:.1f}", *times, ratio))
+    settings, rate = result["settings"], f"{result['rate'] / 1e12:,.0f} TFLOP/s"
+    flex = " FlexAttention: as large a share in blocks of 128 that it is given." if len(peers) > 2 else ""
+    return (
+        f"{markdown(tuple(headings), rows, 0)}\n\nMilliseconds, every query routed, in tiles of "
+        f"{settings['tile']} queries that share a routed set. Floor: the arithmetic that is done, at {rate} in "
+        f"bfloat16 (a large product in the same run) and twice that in 8 bits.{flex}"
+    )
+
+
 def _sparse(case: dict[str, Any]) -> dict[str, str]:
     """Return the times of peers that read a share of the K/V, as text."""
     times = {name: f"{time:.1f}" for name, time in case.get("sparse", {}).items()}
@@ -156,6 +176,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_memory": gpu_memory,
     "compile_time": compile_time,
     "decode_attention": decode_attention,
+    "prefill_attention": prefill_attention,
 }
 
 

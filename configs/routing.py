@@ -128,7 +128,7 @@ class Routing(Settings):
     With a shared set all groups are scored: the chunk stage is left out, and `auto` is 1 where that is on.
     """
 
-    prefill_budget: Budget = Budget(fraction=0.06, tokens=512)
+    prefill_budget: Budget = Budget(fraction=0.055, tokens=512)
     """Tokens that the queries of a shared set attend to, in the place of `budget`; never fewer than it."""
 
     centre_tokens: Annotated[int, Field(ge=1)] = 256

@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "BLOCK",
     "CANDIDATES",
+    "SINGLES",
     "Coarse",
     "TileKeys",
     "average",
@@ -26,8 +27,8 @@ __all__ = [
 
 # The largest magnitude after scaling: far from both ends of what 4 exponent bits reach.
 LARGEST = 256.0
-# First tokens that the normaliser takes one by one (sinks hold much of the mass), and tokens of its means.
-BLOCK = 16
+# First tokens that the normaliser takes one by one, as sinks hold much of the mass, and tokens of its means.
+SINGLES, BLOCK = 16, 32
 # Candidates for each group to choose.
 CANDIDATES = 4
 
@@ -54,7 +55,7 @@ class TileKeys:
     """``[rows, groups, padded]``: means of groups."""
     anchors: Coarse
     """``[rows, entries, padded]``: what the normaliser is made of. Where there are low-bit keys, the first
-    `BLOCK` tokens from a row's start on and then means of `BLOCK` tokens; else the means of groups."""
+    `SINGLES` tokens from a row's start on and then means of `BLOCK` tokens; else the means of groups."""
     codes: Tensor | None = None
     """``[rows, bytes, tokens]`` uint8: low-bit keys (see `lowbit.encode_keys`); None: there are none."""
     scales: Tensor | None = None

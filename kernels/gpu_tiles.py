@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels.coarse import BLOCK, Coarse, TileKeys
+from hga_compile.kernels.coarse import BLOCK, SINGLES, Coarse, TileKeys
 from hga_compile.kernels.gpu import sent
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.tiles import Tiles
@@ -163,7 +163,7 @@ def _choose_for_tiles(
         return max(1, int(part[:, begin : begin + number].max()))
 
     most, width = routing.vote == "mass_max", longest(tiles.listed)
-    singles, block = (BLOCK, BLOCK) if keys.refined else (0, 1)
+    singles, block = (SINGLES, BLOCK) if keys.refined else (0, 1)
     bases = bases_of(query, keys.anchors, singles, block, table, shared)
     votes = votes_by_means(query, keys.means, bases, longest(tiles.plan.window), table, most, shared)
     if keys.codes is None or keys.scales is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels.coarse import BLOCK, Coarse, TileKeys, average, to_eight_bits
+from hga_compile.kernels.coarse import BLOCK, SINGLES, Coarse, TileKeys, average, to_eight_bits
 from hga_compile.kernels.dispatch import preferred, triton_serves
 from hga_compile.kernels.gpu import encode
 from hga_compile.kernels.gpu_tiles import tile_keys
@@ -184,12 +184,13 @@ class LowBitSummary:
         tokens = groups * self.group_size
         codes, scales = self.codes[:, :, :tokens], self.scales[:, :tokens]
         keys = decode_keys(codes, scales, self.bits, self.dim)
-        from_start = torch.arange(max(tokens, BLOCK), device=keys.device).expand(len(keys), -1)
+        from_start = torch.arange(max(tokens, SINGLES), device=keys.device).expand(len(keys), -1)
         if starts is not None:
             from_start = from_start + starts[:, None]
         shifted = keys[torch.arange(len(keys))[:, None], from_start.clamp(max=tokens - 1)]
-        whole = shifted.shape[1] // BLOCK * BLOCK
-        parts = (to_eight_bits(shifted[:, :BLOCK]), average(shifted[:, BLOCK:whole], BLOCK))
+        rest = shifted[:, SINGLES:]
+        rest = rest[:, : rest.shape[1] // BLOCK * BLOCK]
+        parts = (to_eight_bits(shifted[:, :SINGLES]), average(rest, BLOCK))
         anchors = Coarse(torch.cat([p.values for p in parts], 1), torch.cat([p.steps for p in parts], 1))
         return TileKeys(average(keys, self.group_size), anchors, codes, scales, self.bits, self.dim)
 

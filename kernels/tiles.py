@@ -14,6 +14,7 @@ from hga_compile.configs.routing import Routing
 from hga_compile.kernels.coarse import (
     BLOCK,
     CANDIDATES,
+    SINGLES,
     TileKeys,
     bases_of,
     levels_of,
@@ -69,8 +70,8 @@ class Tiles:
         if not refined:
             return plan.sink_start, plan.window
         tokens = (plan.window - plan.sink_start) * self.group_size
-        blocks = (tokens - BLOCK).clamp(min=0) // BLOCK
-        return torch.zeros_like(tokens), tokens.clamp(max=BLOCK) + blocks
+        blocks = (tokens - SINGLES).clamp(min=0) // BLOCK
+        return torch.zeros_like(tokens), tokens.clamp(max=SINGLES) + blocks
 
     def attended(self, first: int, queries: int, starts: Tensor | None) -> int:
         """Count the tokens that queries attend to in one row of each line, summed over the lines.
@@ -155,7 +156,7 @@ def shared_groups(
     entry = torch.arange(keys.anchors.steps.shape[1], device=device)
     weights = torch.ones(len(entry), device=device)
     if keys.refined:
-        weights[BLOCK:] = BLOCK
+        weights[SINGLES:] = BLOCK
     asked = to_eight_bits(query)
     bases = bases_of(asked, keys.anchors, (entry >= first) & (entry < last), weights)
     candidate = (number[:groups] >= end) & (number[:groups] < window)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hga_compile.kernels.coarse import BLOCK, LARGEST, Coarse, TileKeys
+from hga_compile.kernels.coarse import BLOCK, LARGEST, SINGLES, Coarse, TileKeys
 from hga_compile.kernels.rotation import half_rotation
 
 __all__ = ["coarse_codes", "coarse_means", "coarse_queries"]
@@ -39,8 +39,8 @@ def coarse_codes(
     """
     rows, tokens = len(codes), groups * group_size
     means = _empty((rows, groups), dim, codes.device)
-    anchors = _empty((rows, BLOCK + max(0, tokens // BLOCK - 1)), dim, codes.device)
-    for made, size, singles in ((means, group_size, 0), (anchors, BLOCK, BLOCK)):
+    anchors = _empty((rows, SINGLES + max(0, tokens - SINGLES) // BLOCK), dim, codes.device)
+    for made, size, singles in ((means, group_size, 0), (anchors, BLOCK, SINGLES)):
         count = made.steps.shape[1]
         block = max(1, 64 // size)
         _average_codes[(triton.cdiv(count, block), rows)](

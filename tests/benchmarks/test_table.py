@@ -73,6 +73,18 @@ RESULTS["decode_attention"] = {
     "cases": [STEP, STEP | {"tier": "host", "peers": {}}],
 }
 
+PREFILL = {"tokens": 65536, "tile": 64, "attended": 0.057, "milliseconds": 30.0, "floor_milliseconds": 10.0}
+PREFILL |= {"measured_over_floor": 3.0, "errors": {"FlexAttention": "E: no"}}
+RESULTS["prefill_attention"] = {
+    "benchmark": "prefill_attention",
+    "settings": {"tile": 64},
+    "rate": 7e14,
+    "cases": [
+        PREFILL | {"peers": {"cuDNN": 60.0, "flash": 90.0}},
+        PREFILL | {"peers": {"cuDNN": 60.0, "flash": 90.0, "FlexAttention": 12.0}, "errors": {}},
+    ],
+}
+
 
 @pytest.fixture
 def results(tmp_path):
@@ -85,6 +97,7 @@ ROWS = {
     "quality": "| default | decode | 8192 | 2 | 0.0231 ± 0.0040 [0.0152, 0.0301] |",
     "cpu_decode": "| hga, default | 10.00 | 2.00x | 100.0 | 40.0 | 2.50 |",
     "gpu_memory": "| 4096 | 9.0 | 2.0 | 7.0 | 0.0 | 1.0 | 7.0 |",
+    "prefill_attention": "| 65536 | 5.7% | 30.00 | 10.00 | 3.0 | 60.00 | 90.00 | failed | 2.00x |",
     "decode_attention": "| 1 | 65536 | GPU memory | 40.0 | 4.0 | 10.0 | 50.0 | 60.0 | 1.25x |",
 }
 

@@ -47,8 +47,8 @@ def naive_set(setting: Routing, given, tile: int, row: tuple[int, int]) -> set[i
     low = decode_keys(codes, scales, setting.bits, keys.shape[1])[0]
     heads = given.query.shape[1] // given.key.shape[1]
     ends = [t for t in range(1, 17) if t <= window * group]
-    ends += [t for t in range(32, window * group + 1, 16)]
-    anchors = [(t - 1 if t <= 16 else t - 16, t) for t in ends]
+    ends += [t for t in range(48, window * group + 1, 32)]
+    anchors = [(t - 1 if t <= 16 else t - 32, t) for t in ends]
 
     def score(query: Coarse, vectors: Tensor) -> float:
         mean = to_eight_bits(vectors.mean(0))
