@@ -2,10 +2,11 @@
 
     python benchmarks/prefill_attention.py
 
-Random Q, K and V: time does not depend on them. Every query is routed, in tiles that share a routed set. Peers in
-the same run are cuDNN and flash SDPA, causal, and FlexAttention over the same share of the K/V in whole blocks of
-128 tokens, given which ones: no routing is in its time. The floor is the arithmetic that is done, at the rate
-that a large matrix product in the same run reaches: votes in 8 bits count half of what they would in 16.
+Random Q, K and V: time does not depend on them. Every query is routed, in tiles that share a routed set.
+Peers in the same run are cuDNN and flash SDPA, causal, and FlexAttention over the same share of the K/V in
+whole blocks of 128 tokens, given which ones: no routing is in its time. The floor is the arithmetic that is
+done, at the rate that a large matrix product in the same run reaches: votes in 8 bits count half of what they
+would in 16.
 """
 
 from __future__ import annotations

@@ -159,8 +159,8 @@ def prefill_attention(result: dict[str, Any]) -> str:
     flex = " FlexAttention: as large a share in blocks of 128 that it is given." if len(peers) > 2 else ""
     return (
         f"{markdown(tuple(headings), rows, 0)}\n\nMilliseconds, every query routed, in tiles of "
-        f"{settings['tile']} queries that share a routed set. Floor: the arithmetic that is done, at {rate} in "
-        f"bfloat16 (a large product in the same run) and twice that in 8 bits.{flex}"
+        f"{settings['tile']} queries that share a routed set. Floor: the arithmetic that is done, at {rate} "
+        f"in bfloat16 (a large product in the same run) and twice that in 8 bits.{flex}"
     )
 
 

@@ -266,7 +266,7 @@ def _gap(begin: int, length: int, stored: int) -> RuntimeError:
 
 
 class _Joined:
-    """Pages whose last tokens are still at hand on the compute device (a `kernels.routed.KeyValues`)."""
+    """Pages whose last tokens are still at hand on the compute device (a `kernels.call.KeyValues`)."""
 
     def __init__(self, pages: Pages, key: Tensor, value: Tensor, length: int) -> None:
         self.pages, self.key, self.value = pages, key, value

@@ -13,7 +13,7 @@ from cases import inputs, run_steps
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import dispatch, gpu, lowbit, mean, routed
+from hga_compile.kernels import call, decode, dispatch, gpu, lowbit, mean
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import decode_keys, encode_keys
 from hga_compile.kernels.rotation import rotation
@@ -93,11 +93,11 @@ def converse(
         taken.append(named | {"spans": given[4]})
         return gpu.decode_step(*given, **named)
 
-    monkeypatch.setattr(routed, "decode_step", step)
+    monkeypatch.setattr(decode, "decode_step", step)
     if not CUDA:
         # The interpreter cuts to bfloat16 where all else rounds: means are made by the reference.
         monkeypatch.setattr(dispatch, "preferred", lambda kernels, device: "triton")
-        for module in (routed, lowbit):
+        for module in (call, steps, lowbit):
             monkeypatch.setattr(module, "preferred", dispatch.preferred)
         monkeypatch.setattr(mean, "triton_serves", lambda *given: False)
     with LEDGER.recording() as ours:

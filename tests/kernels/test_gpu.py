@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import dispatch, gpu, lowbit, routed
+from hga_compile.kernels import call, decode, dispatch, gpu, lowbit
 from hga_compile.kernels.launch import Select, trying
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import _STEP, encode_keys
@@ -265,11 +265,11 @@ def test_a_conversation_through_the_store_is_the_references(place, monkeypatch, 
     uses = LEDGER.uses()[0, "decode"].attended
     LEDGER.reset()
     taken = []
-    monkeypatch.setattr(routed, "decode_step", lambda *a, **k: taken.append(1) or gpu.decode_step(*a, **k))
+    monkeypatch.setattr(decode, "decode_step", lambda *a, **k: taken.append(1) or gpu.decode_step(*a, **k))
     if not CUDA:
         # As if the CPU were a GPU: what the kernels do not cover runs in plain torch.
         monkeypatch.setattr(dispatch, "preferred", lambda kernels, device: "triton")
-        for module in (routed, lowbit):
+        for module in (call, steps, lowbit):
             monkeypatch.setattr(module, "preferred", dispatch.preferred)
     with LEDGER.recording() as ours:
         got = run_steps(routing(), given.to(place), steps)

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hga_compile.configs.budget import Budget, Window
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import ops, routed
+from hga_compile.kernels import ops, prefill
 from hga_compile.kernels.ledger import LEDGER
 
 QUICK = settings(
@@ -182,7 +182,7 @@ def test_padding_is_never_attended_to(
 def test_does_not_depend_on_the_tile_size(
     tail: str, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    monkeypatch.setattr(routed, "_TILE_BYTES", 1)
+    monkeypatch.setattr(prefill, "_TILE_BYTES", 1)
     check(routing(tail=tail, chunk_stage="on"), None, device, batch=3, kv_heads=1, mask=mask)
 
 
