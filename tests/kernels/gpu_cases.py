@@ -13,7 +13,9 @@ from cases import inputs, run_steps
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import call, decode, dispatch, gpu, lowbit, mean
+from hga_compile.kernels import call as call_module
+from hga_compile.kernels import decode, dispatch, gpu, lowbit, mean
+from hga_compile.kernels import steps as steps_module
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import decode_keys, encode_keys
 from hga_compile.kernels.rotation import rotation
@@ -97,7 +99,7 @@ def converse(
     if not CUDA:
         # The interpreter cuts to bfloat16 where all else rounds: means are made by the reference.
         monkeypatch.setattr(dispatch, "preferred", lambda kernels, device: "triton")
-        for module in (call, steps, lowbit):
+        for module in (call_module, steps_module, lowbit):
             monkeypatch.setattr(module, "preferred", dispatch.preferred)
         monkeypatch.setattr(mean, "triton_serves", lambda *given: False)
     with LEDGER.recording() as ours:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import call, decode, dispatch, gpu, lowbit
+from hga_compile.kernels import call as call_module
+from hga_compile.kernels import decode, dispatch, gpu, lowbit
+from hga_compile.kernels import steps as steps_module
 from hga_compile.kernels.launch import Select, trying
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import _STEP, encode_keys
@@ -269,7 +271,7 @@ def test_a_conversation_through_the_store_is_the_references(place, monkeypatch, 
     if not CUDA:
         # As if the CPU were a GPU: what the kernels do not cover runs in plain torch.
         monkeypatch.setattr(dispatch, "preferred", lambda kernels, device: "triton")
-        for module in (call, steps, lowbit):
+        for module in (call_module, steps_module, lowbit):
             monkeypatch.setattr(module, "preferred", dispatch.preferred)
     with LEDGER.recording() as ours:
         got = run_steps(routing(), given.to(place), steps)

@@ -240,6 +240,29 @@ def test_the_sizes_that_models_have(place, dtype, dim, heads):
 
 
 @large
+def test_rows_far_apart_in_memory(place):
+    tokens, dim, apart = 1100, 64, 2**21
+    setting = Routing(prefill_budget=Budget(tokens=64), budget=Budget(tokens=8), dense_below=0)
+    near = torch.randn(2, tokens, dim, device=place, dtype=torch.bfloat16)
+    far = torch.empty(tokens * apart, device=place, dtype=torch.bfloat16).as_strided(
+        (2, tokens, dim), (dim, apart, 1)
+    )
+    far.copy_(near)
+    codes, scales = encode_keys(near.float() @ rotation(dim, place), 2)
+    tiles = plan_tiles(setting, 0, tokens, None, 64)
+    made = gpu_tiles.tile_keys(
+        codes.transpose(1, 2).contiguous().transpose(1, 2), scales, tiles.plan.last_window, 4, 2, dim, None
+    )
+    query = torch.randn(1, 2, 3, tokens, dim, device=place, dtype=torch.bfloat16)
+    spans = gpu_tiles.tile_spans(tiles, True, None, place)
+    want, got = (
+        gpu_tiles.prefill_tiles(keys, keys, made, query, spans, tiles, first=0, routing=setting, scale=0.125)
+        for keys in (near, far)
+    )
+    assert torch.equal(got, want)
+
+
+@large
 def test_runs_of_tiles_are_joined(place, monkeypatch):
     monkeypatch.setattr(gpu_tiles, "_RUN_BYTES", 12 * 2 * 400 * 3)
     check(place, tokens=1600, first=0, tile=32, dtype=torch.float16, dense_below=100)
