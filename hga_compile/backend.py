@@ -131,15 +131,10 @@ def _canonical(value: Any) -> Any:
 def _check_offload(profile: Profile) -> None:
     """Refuse settings that nothing serves, rather than ignore them."""
     offload = profile.offload
-    if offload.tier == "nvme":
+    if offload.hot_cache is not None:
         raise ProfileError(
-            "tier nvme is not available in this version, expected gpu, host or auto (offload.tier)"
+            "offload.hot_cache is not available in this version, expected null (offload.hot_cache)"
         )
-    for name in ("hot_cache", "host_budget", "nvme_folder"):
-        if getattr(offload, name) is not None:
-            raise ProfileError(
-                f"offload.{name} is not available in this version, expected null (offload.{name})"
-            )
 
 
 def _needs_grad(graph: GraphModule) -> bool:

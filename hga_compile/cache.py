@@ -1,18 +1,18 @@
 """Cache layers for transformers whose K/V live in an hga store, reached through a handle in the graph."""
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hga_compile.configs.loader import resolve_profile
-from hga_compile.configs.profile import Kernels, Profile
+from hga_compile.configs.profile import Kernels, Offload, Profile
 from hga_compile.kernels import ops
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.states import STATES
-from hga_compile.store import LayerStore
+from hga_compile.store import Held, LayerStore
 from hga_compile.tracing import traced_for_hga
 
 __all__ = ["CacheMemory", "HGACache", "HGALayer", "HGASlidingLayer", "cache_memory"]
@@ -31,7 +31,7 @@ class _Stored:
     """Whether the layer opens its store on the first update, compiled or not."""
     dtype: torch.dtype
     device: torch.device
-    tier: Literal["gpu", "host"] | None = None
+    place: Offload | None = None
     """Where a store that is opened by code that is not compiled keeps its rows; None: with the K/V."""
     kernels: Kernels = "auto"
     """What moves rows that are stored by code that is not compiled."""
@@ -157,12 +157,12 @@ class _Stored:
         if self.handle is None:
             super().prefetch()  # type: ignore[misc]
 
-    def memory(self) -> tuple[int, int, int]:
-        """Return bytes of K/V on the accelerator, of the index, and of K/V in host RAM."""
+    def memory(self) -> Held:
+        """Return bytes of K/V and index, by place."""
         if self.handle is not None:
             return self._state().nbytes()
         plain = [part for part in (self._plain_keys, self._plain_values) if part is not None]
-        return sum(part.nbytes for part in plain), 0, 0
+        return Held(sum(part.nbytes for part in plain))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         other = type(self).__new__(type(self))
@@ -201,8 +201,9 @@ class _Stored:
         self.handle = torch.empty(1, dtype=torch.int64, device="cpu")
         torch.ops.hga.open(keys, values, self.handle, kernels=self.kernels)
         self._plain_keys = self._plain_values = None
-        if self.tier is not None and not torch.compiler.is_compiling():
-            self._state().tier = self.tier
+        if self.place is not None and not torch.compiler.is_compiling():
+            state = self._state()
+            state.tier, state.place = self.place.home, self.place
 
     def _read(self) -> tuple[Tensor, Tensor]:
         batch, heads, dim, value_dim = self.sizes
@@ -314,7 +315,7 @@ class HGACache(DynamicCache):
     config : transformers.PretrainedConfig
         Of the model.
     profile : Profile, str, path or None
-        Whose `offload.tier` the K/V start in, and whose `compile.kernels` move them; None: environment and
+        Whose `offload` says where the K/V start, and whose `compile.kernels` move them; None: environment and
         built-in default.
 
     Raises
@@ -335,7 +336,7 @@ class HGACache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, _Stored):
                 layer.stored = True
-                layer.tier = "gpu" if self.profile.offload.tier == "gpu" else "host"
+                layer.place = self.profile.offload
                 layer.kernels = self.profile.compile.kernels
 
     @property
@@ -381,14 +382,14 @@ def cache_memory(cache: Any) -> CacheMemory:
     CacheMemory
         In bytes; capacity, not only what is filled.
     """
-    totals = [0, 0, 0]
+    totals = Held()
     for layer in cache.layers:
         if isinstance(layer, _Stored):
             part = layer.memory()
         else:
             plain = (getattr(layer, name, None) for name in ("keys", "values"))
-            part = (sum(tensor.nbytes for tensor in plain if isinstance(tensor, Tensor)), 0, 0)
-        totals = [total + more for total, more in zip(totals, part, strict=True)]
+            part = Held(sum(tensor.nbytes for tensor in plain if isinstance(tensor, Tensor)))
+        totals = Held(*(total + more for total, more in zip(totals, part, strict=True)))
     return CacheMemory(*totals)
 
 

@@ -43,7 +43,7 @@ class KeyValues(Protocol):
 
     @property
     def paged(self) -> bool:
-        """Whether they lie in pages, which kernels may read in place."""
+        """Whether they lie in pages, which kernels may read in place or from what is fetched."""
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys ``[rows, end - begin, dim]`` and values, on the compute device."""
@@ -53,6 +53,9 @@ class KeyValues(Protocol):
 
         Tokens past the end of the sequence may hold anything finite or not; the caller masks them.
         """
+
+    def fetch(self, groups: Tensor) -> Tensor:
+        """Return copies of the ``[rows, n]`` groups: pages ``[n, rows, page]`` on the compute device."""
 
     @property
     def host_pages(self) -> Tensor | None:

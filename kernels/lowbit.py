@@ -15,7 +15,7 @@ from hga_compile.kernels.dispatch import preferred, triton_serves
 from hga_compile.kernels.gpu import encode
 from hga_compile.kernels.gpu_tiles import tile_keys
 from hga_compile.kernels.levels import decode_levels
-from hga_compile.kernels.native import STEP_TOKENS, routed_steps, scan_scores
+from hga_compile.kernels.native import STEP_TOKENS, routed_groups, routed_steps, scan_scores
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
@@ -176,6 +176,29 @@ class LowBitSummary:
             bits=self.bits, group_size=self.group_size, vote=vote, scale=scale,
         )  # fmt: skip
         return None if out is None else out.transpose(1, 2)
+
+    def routes(self, scaled: Tensor, spans: Tensor, vote: str) -> Tensor | None:
+        """List the groups that `steps` would attend to from one query a row, in its order.
+
+        Parameters
+        ----------
+        scaled : Tensor
+            ``[rows, heads, 1, dim]`` float32, softmax scale applied.
+        spans, vote
+            As `steps` takes them, of one query.
+
+        Returns
+        -------
+        Tensor or None
+            ``[rows, n]`` int64; None where there is no such way.
+        """
+        if self.group_size % STEP_TOKENS:
+            return None
+        codes, scales = self._coded(int(spans[:, 2].max()))
+        turned = self._turned(scaled).view(scaled.shape)[:, :, 0]
+        return routed_groups(
+            codes, scales, turned, spans[0], bits=self.bits, group_size=self.group_size, vote=vote
+        )
 
     def tile_keys(self, groups: int, starts: Tensor | None, fused: bool) -> TileKeys:
         """Return what tiles are routed by (see `summaries.Summary`), rotated."""

@@ -303,6 +303,9 @@ class _Whole:
     def row_bytes(self) -> int:
         return (self.key.shape[2] + self.value.shape[2]) * self.key.element_size()
 
+    def fetch(self, groups: Tensor) -> Tensor:
+        raise NotImplementedError("rows without a cache lie in no pages")  # `paged` says so
+
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         token = (groups[..., None] * group_size + torch.arange(group_size, device=groups.device)).flatten(1)
         token = token.clamp(max=self.key.shape[1] - 1)[..., None]
