@@ -105,6 +105,8 @@ class _Stored:
         """Forget everything."""
         if self.handle is not None:
             self._close()
+            # At once: the memory is wanted for what comes next.
+            STATES.collect()
             # What the stock layer would overwrite with zeros is in the store, which is gone.
             self._plain_keys = self._plain_values = None
             self.is_initialized = False
@@ -172,6 +174,7 @@ class _Stored:
             own = name in ("handle", "_spent")
             other.__dict__[name] = None if own else copy.deepcopy(value, memo)
         if self.handle is not None:
+            STATES.collect()
             other.handle = STATES.adopt(self._state().clone())
         return other
 

@@ -76,7 +76,7 @@ class States:
         """Make an empty state and return its handle."""
         if self.make is None:
             raise RuntimeError("no K/V store is loaded: import hga_compile before running a graph of its")
-        self._collect()
+        self.collect()
         return self.adopt(self.make())
 
     def adopt(self, state: LayerState) -> Tensor:
@@ -109,10 +109,11 @@ class States:
 
     def count(self) -> int:
         """Return the number of open states, given-up ones not counted."""
-        self._collect()
+        self.collect()
         return len(self._states)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Drop the states that were given up; not to be called by a finaliser."""
         with suppress(IndexError):  # another thread may take the last one
             while self._closed:
                 handle = self._closed.popleft()

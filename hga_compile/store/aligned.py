@@ -1,6 +1,8 @@
 """Host memory aligned as O_DIRECT wants it; the system backs it when it is touched."""
 
 import mmap
+import platform
+import sys
 from functools import cached_property
 
 import numpy as np
@@ -9,6 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["AlignedPages"]
+
+
+# Whoever makes room for much of which little is used counts what is used.
+_NO_RESERVE = (
+    0x4000 if (sys.platform, platform.machine()) in (("linux", "x86_64"), ("linux", "aarch64")) else 0
+)
 
 
 class AlignedPages:
@@ -23,7 +31,7 @@ class AlignedPages:
     def __init__(self, count: int, page_bytes: int) -> None:
         self.count, self.page_bytes = count, page_bytes
         size = max(1, count * page_bytes)
-        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
         self._view = memoryview(self._memory)
 
     def view(self, number: int) -> memoryview:

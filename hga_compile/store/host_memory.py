@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from hga_compile.kernels.states import STATES
 from hga_compile.store.errors import StoreFullError
 
 __all__ = ["HOST", "HostMemory", "Lease", "available_bytes"]
@@ -39,16 +40,21 @@ class HostMemory:
             They exceed the budget, or the RAM that is left.
         """
         with self._lock:
-            left = self._available()
-            # Memory that was given out is not used at once: what was there at first bounds it too.
-            self._room = max(self._room, left + self.taken) if self.taken == 0 else self._room
-            free = min(left, self._room - self.taken)
-            if budget is not None:
-                free = min(free, budget - self.taken)
+            if need > (free := self._free(budget)):
+                # Caches that are gone may not have been cleared away yet.
+                STATES.collect()
+                free = self._free(budget)
             if need > free:
                 what = "the host RAM budget for K/V is used up" if budget is not None else "host RAM is full"
                 raise StoreFullError(what, need, max(0, free), _KNOB)
             self.taken += need
+
+    def _free(self, budget: int | None) -> int:
+        left = self._available()
+        # Memory that was given out is not used at once: what was there at first bounds it too.
+        self._room = left if self.taken == 0 else self._room
+        free = min(left, self._room - self.taken)
+        return free if budget is None else min(free, budget - self.taken)
 
     def give(self, count: int) -> None:
         """Count `count` bytes less."""

@@ -3,6 +3,7 @@
 import mmap
 from contextlib import suppress
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,4 +50,5 @@ class HostRange:
 
 
 def _over(memory: mmap.mmap, size: int) -> Tensor:
-    return torch.frombuffer(memory, dtype=torch.uint8, count=size)
+    # By way of NumPy, whose array keeps the range from being moved; torch.frombuffer does not.
+    return torch.from_numpy(np.frombuffer(memory, np.uint8, size))

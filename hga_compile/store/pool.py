@@ -5,6 +5,7 @@ import threading
 from weakref import WeakValueDictionary
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from hga_compile.store.aligned import AlignedPages
@@ -52,7 +53,7 @@ class PagePool:
     """
 
     def __init__(self, page_bytes: int, limit: int, budget: int | None) -> None:
-        most = limit // page_bytes
+        most = min(limit, psutil.virtual_memory().total) // page_bytes
         self.memory = AlignedPages(most, page_bytes)
         self._lease = Lease(budget)
         # A finaliser may close a file's residents while its thread is at work here.
@@ -110,7 +111,8 @@ class PagePool:
             self._free(residents.table[pages])
             residents.table[pages] = slots
             self._owner[slots], self._page[slots] = residents.number, pages
-            self._used[slots] = True
+            # Not before it is asked for again: what is read once does not drive out what is read often.
+            self._used[slots] = False
 
     def unpin(self, slots: Numbers) -> None:
         """Allow slots to be given up again; those that hold no page are free."""
