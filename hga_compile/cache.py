@@ -1,6 +1,7 @@
 """Cache layers for transformers whose K/V live in an hga store, reached through a handle in the graph."""
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from hga_compile.configs.profile import Kernels, Offload, Profile
 from hga_compile.kernels import ops
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.states import STATES
+from hga_compile.saving import load_layers, save_layers
 from hga_compile.store import Held, LayerStore
 from hga_compile.tracing import traced_for_hga
 
@@ -125,7 +127,7 @@ class _Stored:
                 f"try {-tokens_to_remove}"
             )
         length = max(0, self.seen + tokens_to_remove)
-        self._state().truncate(length)
+        self.state.truncate(length)
         self.seen = length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -162,9 +164,24 @@ class _Stored:
     def memory(self) -> Held:
         """Return bytes of K/V and index, by place."""
         if self.handle is not None:
-            return self._state().nbytes()
+            return self.state.nbytes()
         plain = [part for part in (self._plain_keys, self._plain_values) if part is not None]
         return Held(sum(part.nbytes for part in plain))
+
+    def restore(
+        self,
+        state: LayerStore,
+        sizes: tuple[int, int, int, int],
+        seen: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Take over a store of `seen` tokens; `sizes`: batch, KV heads, channels of a key, of a value."""
+        batch, heads, dim, v_dim = sizes
+        empty = torch.empty(batch, heads, 0, dim, dtype=dtype, device=device)
+        super().lazy_initialization(empty, empty.new_empty(batch, heads, 0, v_dim))  # type: ignore[misc]
+        self._plain_keys = self._plain_values = None
+        self.sizes, self.seen, self.handle = sizes, seen, STATES.adopt(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         other = type(self).__new__(type(self))
@@ -175,7 +192,7 @@ class _Stored:
             other.__dict__[name] = None if own else copy.deepcopy(value, memo)
         if self.handle is not None:
             STATES.collect()
-            other.handle = STATES.adopt(self._state().clone())
+            other.handle = STATES.adopt(self.state.clone())
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,7 +222,7 @@ class _Stored:
         torch.ops.hga.open(keys, values, self.handle, kernels=self.kernels)
         self._plain_keys = self._plain_values = None
         if self.place is not None and not torch.compiler.is_compiling():
-            state = self._state()
+            state = self.state
             state.tier, state.place = self.place.home, self.place
 
     def _read(self) -> tuple[Tensor, Tensor]:
@@ -229,14 +246,16 @@ class _Stored:
                 STATES.close(handle)
         self.handle, self._spent, self.seen = None, None, 0
 
-    def _state(self) -> LayerStore:
+    @property
+    def state(self) -> LayerStore:
+        """The store; there must be one."""
         assert self.handle is not None  # callers have checked
         state = STATES.get(self.handle)
         assert isinstance(state, LayerStore)  # the only kind that is ever opened
         return state
 
     def _select(self, index: Tensor) -> None:
-        self._state().select_batch(index)
+        self.state.select_batch(index)
         self.sizes = (len(index), *self.sizes[1:])
 
 
@@ -274,7 +293,7 @@ class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
 
     def _leave_window(self) -> None:
         """Go on as the stock layer outside of compiled code: a store of a window cannot return all K, V."""
-        if self.handle is not None and not torch.compiler.is_compiling() and self._state().recent is not None:
+        if self.handle is not None and not torch.compiler.is_compiling() and self.state.recent is not None:
             self._to_plain()
 
     def _open(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -289,7 +308,7 @@ class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
 
     def _read(self) -> tuple[Tensor, Tensor]:
         """Return as many of the last rows as the stock layer keeps."""
-        recent = None if torch.compiler.is_compiling() else self._state().recent
+        recent = None if torch.compiler.is_compiling() else self.state.recent
         if recent is None:
             parts = super()._read()
         elif recent.key is None or recent.value is None:
@@ -330,6 +349,7 @@ class HGACache(DynamicCache):
     def __init__(self, config: Any, profile: Any = None) -> None:
         options = None if profile is None else {"profile": profile}
         self.profile: Profile = resolve_profile(options)
+        self.config = config
         super().__init__(config=config)
         for number, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
@@ -341,6 +361,59 @@ class HGACache(DynamicCache):
                 layer.stored = True
                 layer.place = self.profile.offload
                 layer.kernels = self.profile.compile.kernels
+
+    def save(self, path: str | os.PathLike[str], model: str | None = None) -> None:
+        """Write the cache to a file, which `load` reads in any process.
+
+        Parameters
+        ----------
+        path : str or path
+            The file; what is there is replaced once the new one is whole.
+        model : str or None
+            Name under which the weights are known; None: where the config was loaded from.
+
+        Raises
+        ------
+        SnapshotError
+            Nothing is stored yet, or a layer is of a kind that cannot be saved.
+        StoreFullError, StoreIOError
+            The file system has no room, or failed; what was at `path` is still there.
+        """
+        save_layers(self, os.fspath(path), self.config, model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: Any,
+        profile: Any = None,
+        *,
+        model: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "HGACache":
+        """Read a cache that `save` wrote; generation goes on as if it had never stopped.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+        config, profile
+            As for a new cache: of the model, and where the K/V go.
+        model : str or None
+            As `save` was given it.
+        device : torch.device or str
+            Where the model computes.
+
+        Raises
+        ------
+        SnapshotError
+            A damaged file, or one of another model, revision, dtype, positions or layout.
+        StoreError
+            The tier has no room for it.
+        """
+        cache = cls(config, profile)
+        load_layers(cache, os.fspath(path), config, model, torch.empty(0, device=device).device)
+        return cache
 
     @property
     def is_compileable(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.attend import attend_window
-from hga_compile.kernels.index import LayerIndex
+from hga_compile.kernels.index import LayerIndex, MeanQuery
 from hga_compile.kernels.routed import routed_attention
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.site import SiteConfig
@@ -67,6 +67,8 @@ class LayerStore:
         self.tier = tier
         self.place = Offload() if place is None else place
         self.io = io
+        self.noted: MeanQuery | None = None
+        """Mean of the first queries of K/V that were saved; an index that is made for them begins with it."""
         self._group_size = _PLAIN_GROUP
         self._layer = 0
 
@@ -239,6 +241,7 @@ class LayerStore:
         other.pages = None if self.pages is None else self.pages.clone()
         other.index = None if self.index is None else self.index.emptied()
         other.recent = None if self.recent is None else self.recent.clone()
+        other.noted = self.noted
         return other
 
     def close(self) -> None:
@@ -247,6 +250,15 @@ class LayerStore:
         self.index = self.recent = None
         if pages is not None:
             pages.close()
+
+    @property
+    def queries(self) -> MeanQuery | None:
+        """Mean of the first queries, as far as routing wants it."""
+        return self.noted if self.index is None else self.index.queries
+
+    def expect(self, group_size: int, layer: int) -> None:
+        """Store the first rows as a site of this group size and layer will want them."""
+        self._group_size, self._layer = group_size, layer
 
     def nbytes(self) -> Held:
         """Return the bytes that K/V and index take, by place."""
@@ -269,6 +281,7 @@ class LayerStore:
         index = self.index
         if index is None or index.routing != site.routing or index.kernels != site.kernels:
             index = self.index = LayerIndex(site.routing, site.kernels)
+            index.queries = self.noted
         return self.pages, index
 
     def _check(self, key: Tensor, value: Tensor) -> None:
