@@ -64,7 +64,7 @@ def describe(error: BaseException) -> tuple[int, str]:
     tuple of int and str
     """
     root = _unwrap(error)
-    if isinstance(root, CommandError) or _is_named(root, "StrictError"):
+    if isinstance(root, CommandError) or _is_named(root, "StrictError") or _is_named(root, "StoreError"):
         return FAILURE, one_line(root)
     # A ValueError of the backend is about the profile that it was given.
     refused = root is not error and isinstance(root, ValueError)

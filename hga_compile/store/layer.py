@@ -212,6 +212,7 @@ class LayerStore:
             if self.recent is not None:
                 self.recent.truncate(length)
             self.length = length
+            self.noted = self.noted if length else None
             if self.index is not None:
                 self.index.truncate(length)
             if self.pages is not None:
@@ -230,6 +231,7 @@ class LayerStore:
         self.pages.select_rows(rows)
         if self.index is not None:
             self.index.select_rows(rows)
+        self.noted = None if self.noted is None else self.noted.select_rows(rows)
         self.batch = len(index)
 
     @_lasting

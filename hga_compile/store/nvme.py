@@ -184,10 +184,9 @@ class NvmePages:
         CorruptPageError, StoreIOError
             A page is not what was written, or cannot be read.
         """
-        pinned = self.compute.type == "cuda"
         tokens = end - begin
-        key = torch.empty(self.rows, tokens, self.dim, dtype=self.dtype, device="cpu", pin_memory=pinned)
-        value = torch.empty(self.rows, tokens, self.v_dim, dtype=self.dtype, device="cpu", pin_memory=pinned)
+        key = torch.empty(self.rows, tokens, self.dim, dtype=self.dtype, device=self.compute)
+        value = torch.empty(self.rows, tokens, self.v_dim, dtype=self.dtype, device=self.compute)
         first, last = begin // self._span, -(-end // self._span)
         on_file = min(last, self._file.watermark)
         if tokens and last - first <= _FEW:
@@ -199,7 +198,7 @@ class NvmePages:
                 self._copy_out(self._streamed(block, count), block, self._groups, begin, end, key, value)
             if last > on_file:
                 self._copy_out(self._tail[None], on_file, self._groups, begin, end, key, value)
-        return key.to(self.compute, non_blocking=pinned), value.to(self.compute, non_blocking=pinned)
+        return key, value
 
     def fetch(self, groups: Tensor) -> Tensor:
         """Return copies of the ``[rows, n]`` groups: pages ``[n, rows, page]`` on the compute device.
@@ -346,7 +345,10 @@ class NvmePages:
         for view, out in zip(self._split(pages), (key, value), strict=True):
             # [n, rows, groups, group_size, dim] -> [rows, tokens, dim]
             rows = view.permute(1, 0, 2, 3, 4).reshape(self.rows, -1, out.shape[2])
-            out[:, start - begin : stop - begin] = rows[:, start - first * span : stop - first * span]
+            rows = rows[:, start - first * span : stop - first * span]
+            # A batch at a time is pinned, never the history.
+            rows = rows.pin_memory() if self.compute.type == "cuda" else rows
+            out[:, start - begin : stop - begin].copy_(rows, non_blocking=True)
 
     def _fetched(self, groups: Tensor, whole: bool = False) -> Tensor:
         """Copy ``[rows, n]`` groups to RAM, ``[n, rows, page]``; with `whole`, of any block on the file."""

@@ -1,4 +1,4 @@
-"""A cache saved and loaded: generation goes on as if it had never stopped, and only in the model it was made by."""
+"""A cache saved and loaded: generation goes on as if it had never stopped, and in its own model only."""
 
 import os
 import pickle
@@ -179,7 +179,7 @@ def test_a_damaged_file_is_refused_and_nothing_of_it_stays(saved, tmp_path, open
     raw, before = bytearray(saved[1].read_bytes()), open_states()
     raw[-5] ^= 1
     (tmp_path / "bad").write_bytes(raw)
-    with pytest.raises(SnapshotError, match=r"another checksum for layers.1.value.*save it anew"):
+    with pytest.raises(SnapshotError, match=r"another checksum for layers\.1\.value.*save it anew"):
         HGACache.load(tmp_path / "bad", make_config("llama"), model="mine")
     assert open_states() == before
 
@@ -187,7 +187,7 @@ def test_a_damaged_file_is_refused_and_nothing_of_it_stays(saved, tmp_path, open
 def test_a_cache_that_does_not_fit_is_refused_and_nothing_of_it_stays(saved, open_states):
     before = open_states()
     profile = Profile(name="small", offload=Offload(tier="host", host_budget=6000))
-    with pytest.raises(StoreFullError, match="offload.host_budget"):
+    with pytest.raises(StoreFullError, match=r"offload\.host_budget"):
         HGACache.load(saved[1], make_config("llama"), profile=profile, model="mine")
     assert open_states() == before
 
