@@ -13,6 +13,7 @@ from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.hooks import install_hooks
+from hga_compile.kernels.states import STATES
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.flatten import flatten, inputs_of, leaves_of
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
@@ -80,10 +81,28 @@ def hga(
     note_graph(rewritten.decisions)
     _warn_static(rewritten.decisions)
     leaves = leaves_of(inputs_of(graph))
+    opens = any(node.target is torch.ops.hga.open.default for node in rewritten.graph.graph.nodes)
     if not any(path for _, path in leaves):
-        return _inner(rewritten.graph, example_inputs, profile, mode)
+        call = _inner(rewritten.graph, example_inputs, profile, mode)
+        return _clearing(call) if opens else call
     call = _inner(rewritten.graph, flatten(example_inputs, leaves), profile, mode)
+    call = _clearing(call) if opens else call
     return lambda *inputs: call(*flatten(inputs, leaves))
+
+
+def _clearing(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a graph that fails give up the stores that it opened: no cache has got their handles."""
+
+    def run(*inputs: Any) -> Any:
+        with STATES.watch() as opened:
+            try:
+                return call(*inputs)
+            except BaseException:
+                for handle in opened:
+                    STATES.close(handle)
+                raise
+
+    return run
 
 
 def _finish(decisions: list[Decision], profile: Profile) -> None:

@@ -218,7 +218,9 @@ class _Stored:
         batch, heads, _, dim = key_states.shape
         self.sizes = (batch, heads, dim, value_states.shape[-1])
         self.seen = self.get_seq_length()
-        self.handle = torch.empty(1, dtype=torch.int64, device="cpu")
+        # Should opening fail: memory that nobody has written may hold another store's number, 0 is none's.
+        make = torch.empty if torch.compiler.is_compiling() else torch.zeros
+        self.handle = make(1, dtype=torch.int64, device="cpu")
         torch.ops.hga.open(keys, values, self.handle, kernels=self.kernels)
         self._plain_keys = self._plain_values = None
         if self.place is not None and not torch.compiler.is_compiling():

@@ -1,5 +1,6 @@
 """Host RAM that stores take, counted for the whole process and kept within what there is."""
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,13 +42,19 @@ class HostMemory:
         """
         with self._lock:
             if need > (free := self._free(budget)):
-                # Caches that are gone may not have been cleared away yet.
+                # Caches that are gone may not have been cleared away yet: a traceback had them, or a handle.
+                gc.collect()
                 STATES.collect()
                 free = self._free(budget)
             if need > free:
                 what = "the host RAM budget for K/V is used up" if budget is not None else "host RAM is full"
                 raise StoreFullError(what, need, max(0, free), _KNOB)
             self.taken += need
+
+    def spare(self, budget: int | None) -> int:
+        """Return the bytes that `take` would still give."""
+        with self._lock:
+            return max(0, self._free(budget))
 
     def _free(self, budget: int | None) -> int:
         left = self._available()

@@ -29,6 +29,7 @@ class HostRange:
             The system has no such range.
         """
         if size == 0:
+            self._memory, self.bytes = None, self.bytes[:0].clone()
             return self.bytes
         if self._memory is not None:
             former, self.bytes = self.bytes, self.bytes[:0].clone()

@@ -15,6 +15,8 @@ from hga_compile.store.tier import Held
 
 __all__ = ["Pages"]
 
+# Shares of the RAM that is left, of which a layer takes one at most before it needs it.
+_SHARES = 256
 # Tokens that a kernel moves without a wait; the copy engine is faster for more.
 _FEW = 64
 
@@ -101,16 +103,19 @@ class Pages:
             return
         first = 0 if have else -(-(self.place.reserve_tokens or 0) // self.group_size)
         # A quarter of slack: appending n tokens one by one copies less than 5 n of them.
-        slack = max(needed, first, have + have // 4 + 64 if have or not first else first)
-        try:
-            self._grow(slack)
-        except StoreFullError:
-            if slack == needed or first > needed:
-                raise
-            self._grow(needed)
+        slack = first or have + have // 4 + 64
+        if self.home.type == "cpu" and not first:
+            # Other layers have to grow too: none takes much of what is left before it needs it.
+            group = self.rows * self.group_size * (self.dim + self.v_dim) * self.dtype.itemsize
+            slack = min(slack, needed + self._lease.memory.spare(self._lease.budget) // (_SHARES * group))
+        self._grow(max(needed, slack))
 
     def truncate(self, length: int) -> None:
-        """Give up tokens from number `length` on; with `offload.poison` overwrite them."""
+        """Give up tokens from number `length` on, and host RAM that they took; see also `offload.poison`."""
+        kept = -(-length // self.group_size)
+        reserved = -(-(self.place.reserve_tokens or 0) // self.group_size)
+        if self._range is not None and len(self.buffer) > max(2 * kept + 64, reserved):
+            self._grow(kept)
         if self.place.poison and length < len(self.buffer) * self.group_size:
             self._settle()
             for groups, inside, _ in self._runs(length, len(self.buffer) * self.group_size):
@@ -245,11 +250,11 @@ class Pages:
         )
 
     def _grow(self, groups: int) -> None:
-        """Make the buffer `groups` long; it stays as it was if there is no room."""
-        have, page = len(self.buffer), self.rows * self.group_size * (self.dim + self.v_dim)
+        """Make the buffer `groups` long, or shorter; it stays as it was if there is no room."""
+        have, page = min(len(self.buffer), groups), self.rows * self.group_size * (self.dim + self.v_dim)
         size = groups * page * self.dtype.itemsize
         old = self._lease.held
-        if self.home.type == "cpu":
+        if self.home.type == "cpu" and size > old:
             # To be copied, old and new pages are there at once.
             self._lease.resize(size if self._range is not None else size + old)
         try:

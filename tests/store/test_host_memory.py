@@ -140,6 +140,21 @@ def test_room_is_made_at_once_where_the_profile_knows_the_length(memory: HostMem
     assert torch.equal(made.read(0, 1000)[0], key)
 
 
+def test_room_of_tokens_that_were_given_up_is_given_back(memory: HostMemory) -> None:
+    made = Pages(2, 8, 8, 4, torch.float32, CPU, CPU)
+    key = torch.randn(2, 4000, 8)
+    made.write(key, key, 0)
+    made.truncate(3000)
+    assert made.held().host >= 4000 * 2 * 16 * 4
+    made.truncate(1000)
+    assert made.held().host == 1000 * 2 * 16 * 4 == memory.taken
+    assert torch.equal(made.read(0, 1000)[0], key[:, :1000])
+    made.write(key[:, :500], -key[:, :500], 1000)
+    assert torch.equal(made.read(1000, 1500)[1], -key[:, :500])
+    made.truncate(0)
+    assert made.held() == Held() and memory.taken == 0
+
+
 # --- refusing ---
 
 
@@ -167,15 +182,17 @@ def test_a_used_up_budget_leaves_the_cache_as_it_was(memory: HostMemory) -> None
     assert run_steps(LayerStore(), parts, [200], site)[0].shape[2] == 200
 
 
-def test_slack_is_given_up_before_tokens_are_refused(memory: HostMemory) -> None:
-    place = place_of("host", host_budget=101 * 2 * 16 * 4 * 4)
-    made = Pages(2, 8, 8, 4, torch.float32, CPU, CPU, "auto", place)
+def test_no_layer_takes_room_that_others_need(memory: HostMemory) -> None:
+    """Sixteen layers fill a budget to the last token, step by step."""
+    place = place_of("host", host_budget=16 * 100 * 4 * 2 * 16 * 4)
+    layers = [Pages(2, 8, 8, 4, torch.float32, CPU, CPU, "auto", place) for _ in range(16)]
     key = torch.randn(2, 404, 8)
-    for at in range(404):
-        made.write(key[:, at : at + 1], key[:, at : at + 1], at)
+    for at in range(400):
+        for layer in layers:
+            layer.write(key[:, at : at + 1], key[:, at : at + 1], at)
     with pytest.raises(StoreFullError):
-        made.write(key[:, :1], key[:, :1], 404)
-    assert torch.equal(made.read(0, 404)[0], key)
+        layers[0].write(key[:, :1], key[:, :1], 400)
+    assert all(torch.equal(layer.read(0, 400)[0], key[:, :400]) for layer in layers)
 
 
 def test_more_sequences_than_fit_leave_those_that_were_there(memory: HostMemory) -> None:
