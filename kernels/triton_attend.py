@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.launch import Attend, launch_parameters, shape_of
+from hga_compile.kernels.overlap import follow, overlap
 from hga_compile.kernels.triton_tail import TailShares
 
 __all__ = ["attend_listed"]
@@ -84,7 +85,7 @@ def attend_listed(
         mean, shifts, rest, rest_totals = tail.mean, tail.shifts, partial[1], stats[2]
         chunks, chunk_size = tail.chunks, tail.chunk_size
         values, peaks, totals, tail_splits = tail.values, tail.stats[0], tail.stats[1], tail.values.shape[2]
-    exact = query.dtype == torch.float32
+    exact, early = query.dtype == torch.float32, overlap(query.device)
     _attend[(splits, rows)](
         pages, chosen, spans, query, partial[0], stats[0], stats[1], chosen.shape[1], length, scale, softcap,
         rows, splits, shares, rows_of_span, slots, 0 if slots is None else slots.stride(0),
@@ -92,14 +93,14 @@ def attend_listed(
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
         GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, TAIL=chunk_size,
-        num_warps=launch.warps,
+        num_warps=launch.warps, **early,
     )  # fmt: skip
     out = torch.empty(rows, heads, v_dim, dtype=query.dtype, device=query.device)
     _merge[(rows * heads,)](
         partial[0], stats[0], stats[1], logits, out, splits, kv_heads * heads, rest, rest_totals, values,
         peaks, totals, tail_splits,
         V_DIM=v_dim, V_PADDED=triton.next_power_of_2(v_dim), STEP=32, SINKS=logits is not None,
-        TAIL=tail is not None, num_warps=4,
+        TAIL=tail is not None, num_warps=4, **early,
     )  # fmt: skip
     return out
 
@@ -113,8 +114,10 @@ def _attend(
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, TAIL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     PAGE: tl.constexpr = GROUP * (DIM + V_DIM)
+    follow(EARLY)
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
@@ -197,7 +200,9 @@ def _merge(
     partial, peaks, totals, logits, out, splits, query_heads, rest, rest_totals, tail_values, tail_peaks,
     tail_totals, tail_splits,
     V_DIM: tl.constexpr, V_PADDED: tl.constexpr, STEP: tl.constexpr, SINKS: tl.constexpr, TAIL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     number = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, V_PADDED)
     step = tl.arange(0, STEP)

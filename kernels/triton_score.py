@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.launch import Score, launch_parameters, shape_of
+from hga_compile.kernels.overlap import follow, overlap
 from hga_compile.kernels.triton_turn import Turned
 
 __all__ = ["Kept", "Masses", "group_masses"]
@@ -92,6 +93,7 @@ def group_masses(
         SPAN=spans.shape[1], HEADS=heads, DIM=dim, BITS=bits, BYTES=width,
         PADDED_BYTES=max(32, triton.next_power_of_2(width)), GROUP=group_size, BLOCK=tokens // group_size,
         ASSEMBLY=_ASSEMBLY, CHUNK=0 if kept is None else kept.groups * group_size, num_warps=launch.warps,
+        **overlap(codes.device),
     )  # fmt: skip
     return masses
 
@@ -133,7 +135,7 @@ def _score(
     rows_of_span, kept, entries,
     SPAN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
     PADDED_BYTES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
-    CHUNK: tl.constexpr = 0,
+    CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     # Levels of 8 bits are counted from 128.
@@ -159,6 +161,8 @@ def _score(
     else:
         packed = tl.load(at, mask=known[:, None] & (byte[None, :] < BYTES), other=0)
     scale = tl.load(scales + row * scale_row + token, mask=known, other=0.0).to(tl.float32)
+    # The kernel before rotates the queries; all else is older, and is on its way meanwhile.
+    follow(EARLY)
     upper = tl.zeros([TOKENS, HEADS], tl.int32)
     lower = tl.zeros([TOKENS, HEADS], tl.int32)
     middle = tl.zeros([HEADS], tl.float32)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.launch import Select, Vote, launch_parameters, shape_of
+from hga_compile.kernels.overlap import follow, overlap
 from hga_compile.kernels.triton_score import Masses
 
 __all__ = ["Votes", "select_groups", "votes_of"]
@@ -47,12 +48,13 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
     together = max(1, launch.groups // masses.block)
     run = min(max(8, triton.next_power_of_2(triton.cdiv(groups, 8192))), together * masses.block)
     kind: dict[str, Any] = {"dtype": torch.float32, "device": masses.mass.device}
+    early = overlap(masses.mass.device)
     votes, tops = torch.empty(rows, groups, **kind), torch.empty(rows, triton.cdiv(groups, run), **kind)
     _vote[(triton.cdiv(masses.blocks, together), rows)](
         masses.mass, masses.sums, spans, votes, tops, groups, tops.shape[1], masses.blocks, rows_of_span,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together, RUN=run,
         STEP=max(16, min(2048 // padded, triton.next_power_of_2(masses.blocks))), MOST=most,
-        num_warps=launch.warps,
+        num_warps=launch.warps, **early,
     )  # fmt: skip
     return Votes(votes, tops)
 
@@ -83,6 +85,7 @@ def select_groups(
         ``[rows, width]`` int32; entries past a row's own list are not written.
     """
     (rows, groups), runs = votes.votes.shape, votes.tops.shape[1]
+    early = overlap(votes.votes.device)
     launch = launch_parameters(Select, votes.votes.device, shape_of(groups, rows))
     part, few, more, warps = launch.part, launch.few, launch.more, launch.warps
     if rows > _MANY_ROWS:
@@ -95,17 +98,19 @@ def select_groups(
     held = triton.next_power_of_2(max(runs, 128))
     _least_top[(rows,)](
         votes.tops, spans, least, runs, rows_of_span, SPAN=spans.shape[1], HELD=held,
-        num_warps=4 if held <= 4096 else 8,
+        num_warps=4 if held <= 4096 else 8, **early,
     )  # fmt: skip
-    _count[(parts, rows)](votes.votes, least, counts, groups, parts, PART=part, num_warps=4)
+    _count[(parts, rows)](votes.votes, least, counts, groups, parts, PART=part, num_warps=4, **early)
     left, shape = torch.empty(2, rows, groups, **kind), {"PARTS": triton.next_power_of_2(parts)}
     _keep[(parts, rows)](
-        votes.votes, least, counts, left[0], left[1], names, groups, parts, PART=part, **shape, num_warps=4
-    )
+        votes.votes, least, counts, left[0], left[1], names, groups, parts, PART=part, **shape, num_warps=4,
+        **early,
+    )  # fmt: skip
     chosen = torch.empty(rows, width, **kind)
     _select[(rows,)](
         left[0], left[1], counts, groups, spans, chosen, width, rows_of_span,
         SPAN=spans.shape[1], COUNTS=parts, **shape, FEW=few, MORE=more, num_warps=warps,
+        **early,
     )  # fmt: skip
     return chosen
 
@@ -114,8 +119,9 @@ def select_groups(
 def _vote(
     mass, sums, spans, votes, tops, groups, runs, blocks, rows_of_span,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
+    TOGETHER: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
     first, end = tl.load(span + 1), tl.load(span + 2)
@@ -185,7 +191,9 @@ def _least_of(key, count, BITS: tl.constexpr):
 def _select(
     keys, numbers, counts, groups, spans, chosen, width, rows_of_span,
     SPAN: tl.constexpr, PARTS: tl.constexpr, COUNTS: tl.constexpr, FEW: tl.constexpr, MORE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
     sink_start, sink_end, window = tl.load(span), tl.load(span + 1), tl.load(span + 2)
@@ -264,7 +272,10 @@ def _select_many(keys, numbers, to, listed, count, STEP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["runs", "rows_of_span"])
-def _least_top(tops, spans, least, runs, rows_of_span, SPAN: tl.constexpr, HELD: tl.constexpr):
+def _least_top(
+    tops, spans, least, runs, rows_of_span, SPAN: tl.constexpr, HELD: tl.constexpr, EARLY: tl.constexpr
+):
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(spans + row // rows_of_span * SPAN + 3)
     place = tl.arange(0, HELD)
@@ -274,7 +285,8 @@ def _least_top(tops, spans, least, runs, rows_of_span, SPAN: tl.constexpr, HELD:
 
 
 @triton.jit(do_not_specialize=["groups", "parts"])
-def _count(votes, least, counts, groups, parts, PART: tl.constexpr):
+def _count(votes, least, counts, groups, parts, PART: tl.constexpr, EARLY: tl.constexpr):
+    follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * PART + tl.arange(0, PART)
     vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
@@ -283,7 +295,11 @@ def _count(votes, least, counts, groups, parts, PART: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["groups", "parts"])
-def _keep(votes, least, counts, keys, numbers, names, groups, parts, PART: tl.constexpr, PARTS: tl.constexpr):
+def _keep(
+    votes, least, counts, keys, numbers, names, groups, parts, PART: tl.constexpr, PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     part = tl.arange(0, PARTS)
     before = tl.sum(tl.load(counts + row * parts + part, mask=part < tl.program_id(0), other=0), 0)

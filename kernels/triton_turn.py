@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.launch import Turn, launch_parameters, shape_of
+from hga_compile.kernels.overlap import follow, overlap
 from hga_compile.kernels.rotation import rotation
 
 __all__ = ["Turned", "turn"]
@@ -44,6 +45,7 @@ def turn(query: Tensor, scale: float) -> Turned:
         query, rotation(dim, query.device), high[0], high[1], steps, scale,
         HEADS=heads, TO_HEADS=padded, PADDED_HEADS=max(16, padded), DIM=dim,
         PADDED=triton.next_power_of_2(max(dim, 16)), COLUMNS=launch.columns, num_warps=launch.warps,
+        **overlap(query.device),
     )  # fmt: skip
     return Turned(high[0], high[1], steps)
 
@@ -52,13 +54,14 @@ def turn(query: Tensor, scale: float) -> Turned:
 def _turn(
     query, matrix, highs, lows, steps, scale,
     HEADS: tl.constexpr, TO_HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
-    PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED_HEADS)
     channel = tl.arange(0, PADDED)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     used = (head[:, None] < HEADS) & (channel[None, :] < DIM)
+    follow(EARLY)
     given = tl.load(query + (row * HEADS + head[:, None]) * DIM + channel[None, :], mask=used, other=0.0)
     given = given.to(tl.float32)
     # Rotated, no channel is larger than the query is long. Squares of a huge query would overflow.
