@@ -26,7 +26,7 @@ __all__ += ["launch_parameters", "load_table", "save_table", "shape_of", "table_
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = 1
+_SCHEMA = 2
 _MOST_BYTES = 2**20
 
 
@@ -135,11 +135,16 @@ class Select(Launch):
     """Of `triton_select.select_groups`."""
 
     part: int = _among(1024, (512, 1024, 2048), (64, 128, 256, 4096))
-    """Groups that one program looks through."""
-    few: int = _among(2**11, (2**10, 2**11, 2**12), (16, 32, 64, 128, 256, 512))
-    """Entries that one program holds in registers: most often the few are enough."""
-    more: int = _among(2**14, (2**14,), (64, 128, 256, 512, 2**10, 2**11, 2**12, 2**13))
+    """Groups that one program looks through at a time, at least."""
+    held: int = _among(2**11, (2**10, 2**11, 2**12), (16, 32, 64, 128, 256, 512, 2**13, 2**14))
+    """Entries that a program holds in registers, at least: two times the longest list are held anyway."""
     warps: int = _warps(8, 4, 8, 16)
+
+    @classmethod
+    def default(cls, shape: Shape) -> Self:
+        """Return about four times as many entries as 3% of the groups, in warps with registers for them."""
+        held = 2 ** min(max(shape.size - 3, 10), 14)
+        return cls(1024, held, 16 if held >= 2**13 else 8)
 
 
 @dataclass(frozen=True)

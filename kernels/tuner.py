@@ -3,7 +3,7 @@
 import logging
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -213,6 +213,7 @@ def tasks_of(
     turned = turn(query, scale)
     masses = score()
     votes = votes_of(masses, table, heads, False, rows)
+    votes = replace(votes, entered=None)  # which is used up by one selection
     chosen = select_groups(votes, table, spans.width, rows)
     padded = turned.high.shape[1]
     yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale), step)
