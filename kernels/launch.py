@@ -106,14 +106,16 @@ class Score(Launch):
 
     tokens: int = _among(256, (128, 256, 512, 1024), (64, 2048, 4096))
     """Of a block."""
+    programs: int = _among(528, (264, 528, 1056), (4, 132))
+    """At most about so many in all: each sums its blocks up, and all votes read the sums."""
     warps: int = _warps(4, 4, 8)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
-        """Return fewer, larger blocks where there are many: each has a partial sum that all votes read."""
-        tokens = 256 if shape.size <= 16 else 512 if shape.size <= 18 else 1024
-        tokens = max(256, tokens * 8 // shape.heads)
-        return cls(tokens, 4 if tokens <= 256 else 8)
+        """Return as many programs as a large GPU holds at a time, of larger blocks where there are many."""
+        if shape.size <= 16 and shape.rows <= 8:
+            return cls()
+        return cls(512, 264, 8) if shape.heads <= 8 else cls(256, 264, 8)
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,12 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
     early = overlap(masses.mass.device)
     votes, tops = torch.empty(rows, groups, **kind), torch.empty(rows, triton.cdiv(groups, run), **kind)
     entered = torch.empty(rows, dtype=torch.int32, device=masses.mass.device)
+    parts = masses.sums.shape[2]
     _vote[(triton.cdiv(masses.blocks, together), rows)](
-        masses.mass, masses.sums, spans, votes, tops, entered, groups, tops.shape[1], masses.blocks,
-        rows_of_span, SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block,
-        TOGETHER=together, RUN=run, MOST=most,
-        STEP=max(16, min(2048 // padded, triton.next_power_of_2(masses.blocks))),
+        masses.mass, masses.sums, masses.peaks, masses.peaks.stride(0), spans, votes, tops, entered, groups,
+        tops.shape[1], masses.blocks, parts, rows_of_span,
+        SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together, RUN=run,
+        STEP=max(16, min(2048 // padded, triton.next_power_of_2(parts))), MOST=most,
         num_warps=launch.warps, **early,
     )  # fmt: skip
     return Votes(votes, tops, entered)
@@ -128,9 +129,9 @@ def select_groups(
     return chosen
 
 
-@triton.jit(do_not_specialize=["groups", "runs", "blocks", "rows_of_span"])
+@triton.jit(do_not_specialize=["groups", "runs", "blocks", "parts", "rows_of_span", "peak_row"])
 def _vote(
-    mass, sums, spans, votes, tops, entered, groups, runs, blocks, rows_of_span,
+    mass, sums, peaks, peak_row, spans, votes, tops, entered, groups, runs, blocks, parts, rows_of_span,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -147,20 +148,18 @@ def _vote(
     wanted = used & (group[:, None] < groups)
     of_group = mass + (row * groups + group[:, None]) * PADDED_HEADS
     given = tl.load(of_group + head[None, :], mask=wanted, other=0.0)
-    of_row = sums + row * 2 * blocks * PADDED_HEADS
-    own = tl.load(
-        of_row + block[:, None] * PADDED_HEADS + head[None, :], mask=used & (block[:, None] < blocks),
-        other=float("-inf"),
-    )  # fmt: skip
+    of_row = sums + row * 2 * parts * PADDED_HEADS
+    at = peaks + row * peak_row + block[:, None] * PADDED_HEADS + head[None, :]
+    own = tl.load(at, mask=used & (block[:, None] < blocks), other=float("-inf"))
     best = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
     whole = tl.zeros([PADDED_HEADS], tl.float32)
     begin = 0
-    while begin < blocks:
+    while begin < parts:
         number = begin + tl.arange(0, STEP)
-        inside = used & (number[:, None] < blocks)
-        at = of_row + number[:, None] * PADDED_HEADS + head[None, :]
-        peak = tl.load(at, mask=inside, other=float("-inf"))
-        total = tl.load(at + blocks * PADDED_HEADS, mask=inside, other=0.0)
+        inside = used & (number[:, None] < parts)
+        of_part = of_row + number[:, None] * PADDED_HEADS + head[None, :]
+        peak = tl.load(of_part, mask=inside, other=float("-inf"))
+        total = tl.load(of_part + parts * PADDED_HEADS, mask=inside, other=0.0)
         most = tl.maximum(best, tl.max(peak, 0))
         base = tl.where(most == float("-inf"), 0.0, most)
         whole = whole * tl.exp(best - base) + tl.sum(total * tl.exp(peak - base[None, :]), 0)

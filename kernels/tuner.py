@@ -215,7 +215,7 @@ def tasks_of(
     votes = votes_of(masses, table, heads, False, rows)
     votes = replace(votes, entered=None)  # which is used up by one selection
     chosen = select_groups(votes, table, spans.width, rows)
-    padded = turned.high.shape[1]
+    padded = turned.halves.shape[2]
     yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale), step)
     yield Task(Score, shape_of(known * size, rows, padded, dim), score, step)
     vote_shape = shape_of(known, rows, padded)

@@ -16,7 +16,7 @@ from hga_compile.configs.routing import Routing
 from hga_compile.kernels import call as call_module
 from hga_compile.kernels import decode, dispatch, gpu, lowbit
 from hga_compile.kernels import steps as steps_module
-from hga_compile.kernels.launch import Select, trying
+from hga_compile.kernels.launch import Score, Select, trying
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import _STEP, encode_keys
 from hga_compile.kernels.plan import plan_queries
@@ -103,6 +103,12 @@ def test_a_step_is_exact_attention_to_the_groups_with_the_most_votes(place, dtyp
 @pytest.mark.parametrize("vote", ["mass_sum", "mass_max"])
 def test_every_width_of_codes_and_every_vote(place, bits, vote):
     check(place, bits=bits, vote=vote)
+
+
+@pytest.mark.parametrize(("bits", "heads"), [(2, 3), (8, 16)])
+def test_blocks_that_are_summed_together_give_the_same_groups(place, bits, heads):
+    with trying(Score(64, 4, 4)):
+        check(place, bits=bits, heads=heads)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 16, 64])
