@@ -104,9 +104,9 @@ class Launch:
 class Score(Launch):
     """Of `triton_score.group_masses`."""
 
-    tokens: int = _among(256, (128, 256, 512, 1024), (64, 2048, 4096))
+    tokens: int = _among(256, (256, 512, 1024), (64, 128, 2048, 4096))
     """Of a block."""
-    programs: int = _among(528, (264, 528, 1056), (4, 132))
+    programs: int = _among(528, (264, 528), (4, 132, 1056))
     """At most about so many in all: each sums its blocks up, and all votes read the sums."""
     warps: int = _warps(4, 4, 8)
 
@@ -122,7 +122,7 @@ class Score(Launch):
 class Vote(Launch):
     """Of `triton_select.votes_of`."""
 
-    groups: int = _among(512, (128, 256, 512, 1024), (64, 2048))
+    groups: int = _among(512, (256, 512, 1024), (64, 128, 2048))
     """Of a program."""
     warps: int = _warps(4, 4, 8)
 
@@ -136,11 +136,11 @@ class Vote(Launch):
 class Select(Launch):
     """Of `triton_select.select_groups`."""
 
-    part: int = _among(1024, (512, 1024, 2048), (64, 128, 256, 4096))
+    part: int = _among(1024, (1024, 2048), (64, 128, 256, 512, 4096))
     """Groups that one program looks through at a time, at least."""
-    held: int = _among(2**11, (2**10, 2**11, 2**12), (16, 32, 64, 128, 256, 512, 2**13, 2**14))
+    held: int = _among(2**11, (2**11, 2**12), (16, 32, 64, 128, 256, 512, 2**10, 2**13, 2**14))
     """Entries that a program holds in registers, at least: two times the longest list are held anyway."""
-    warps: int = _warps(8, 4, 8, 16)
+    warps: int = _warps(8, 8, 16)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
@@ -164,11 +164,11 @@ class Attend(Launch):
 class Encode(Launch):
     """Of `triton_encode.encode`."""
 
-    tokens: int = _among(64, (16, 32, 64), (128,))
+    tokens: int = _among(64, (16, 64), (32, 128))
     """Of a program."""
-    columns: int = _among(32, (16, 32, 64))
+    columns: int = _among(32, (16, 32), (64,))
     """Channels that are rotated at a time."""
-    warps: int = _warps(4, 2, 4, 8)
+    warps: int = _warps(4, 2, 4)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:

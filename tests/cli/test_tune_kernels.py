@@ -27,7 +27,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
         Outcome("score", SHAPE, Score(256, 528, 4), Score(512, 528, 8), 10.0, 8.0, 7, 1),
         Outcome("turn", SHAPE, Turn(), Turn(), 3.0, 3.0, 8, 0),
     ]
-    monkeypatch.setattr(tune_kernels, "_outcomes", lambda loads, device: found)
+    monkeypatch.setattr(tune_kernels, "_outcomes", lambda load, device, known: found)
     return "Made Up 9000"
 
 
