@@ -26,7 +26,7 @@ __all__ += ["launch_parameters", "load_table", "save_table", "shape_of", "table_
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = 1
+_SCHEMA = 2
 _MOST_BYTES = 2**20
 
 
@@ -104,23 +104,25 @@ class Launch:
 class Score(Launch):
     """Of `triton_score.group_masses`."""
 
-    tokens: int = _among(256, (128, 256, 512, 1024), (64, 2048, 4096))
+    tokens: int = _among(256, (256, 512, 1024), (64, 128, 2048, 4096))
     """Of a block."""
+    programs: int = _among(528, (264, 528), (4, 132, 1056))
+    """At most about so many in all: each sums its blocks up, and all votes read the sums."""
     warps: int = _warps(4, 4, 8)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
-        """Return fewer, larger blocks where there are many: each has a partial sum that all votes read."""
-        tokens = 256 if shape.size <= 16 else 512 if shape.size <= 18 else 1024
-        tokens = max(256, tokens * 8 // shape.heads)
-        return cls(tokens, 4 if tokens <= 256 else 8)
+        """Return as many programs as a large GPU holds at a time, of larger blocks where there are many."""
+        if shape.size <= 16 and shape.rows <= 8:
+            return cls()
+        return cls(512, 264, 8) if shape.heads <= 8 else cls(256, 264, 8)
 
 
 @dataclass(frozen=True)
 class Vote(Launch):
     """Of `triton_select.votes_of`."""
 
-    groups: int = _among(512, (128, 256, 512, 1024), (64, 2048))
+    groups: int = _among(512, (256, 512, 1024), (64, 128, 2048))
     """Of a program."""
     warps: int = _warps(4, 4, 8)
 
@@ -134,12 +136,17 @@ class Vote(Launch):
 class Select(Launch):
     """Of `triton_select.select_groups`."""
 
-    part: int = _among(1024, (512, 1024, 2048), (64, 128, 256, 4096))
-    """Groups that one program looks through."""
-    few: int = _among(2**11, (2**10, 2**11, 2**12), (16, 32, 64, 128, 256, 512))
-    """Entries that one program holds in registers: most often the few are enough."""
-    more: int = _among(2**14, (2**14,), (64, 128, 256, 512, 2**10, 2**11, 2**12, 2**13))
-    warps: int = _warps(8, 4, 8, 16)
+    part: int = _among(1024, (1024, 2048), (64, 128, 256, 512, 4096))
+    """Groups that one program looks through at a time, at least."""
+    held: int = _among(2**11, (2**11, 2**12), (16, 32, 64, 128, 256, 512, 2**10, 2**13, 2**14))
+    """Entries that a program holds in registers, at least: two times the longest list are held anyway."""
+    warps: int = _warps(8, 8, 16)
+
+    @classmethod
+    def default(cls, shape: Shape) -> Self:
+        """Return about four times as many entries as 3% of the groups, in warps with registers for them."""
+        held = 2 ** min(max(shape.size - 3, 10), 14)
+        return cls(1024, held, 16 if held >= 2**13 else 8)
 
 
 @dataclass(frozen=True)
@@ -157,11 +164,11 @@ class Attend(Launch):
 class Encode(Launch):
     """Of `triton_encode.encode`."""
 
-    tokens: int = _among(64, (16, 32, 64), (128,))
+    tokens: int = _among(64, (16, 64), (32, 128))
     """Of a program."""
-    columns: int = _among(32, (16, 32, 64))
+    columns: int = _among(32, (16, 32), (64,))
     """Channels that are rotated at a time."""
-    warps: int = _warps(4, 2, 4, 8)
+    warps: int = _warps(4, 2, 4)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:

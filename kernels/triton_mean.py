@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.overlap import follow, overlap
 from hga_compile.kernels.triton_score import Kept, Masses
 
 __all__ = ["mean_masses", "store_means"]
@@ -74,7 +75,7 @@ def mean_masses(
         rows_of_span, scale,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=masses.mass.shape[2], DIM=dim, PADDED=padded,
         COLUMNS=min(64, padded), BLOCK=block, CHUNK=0 if kept is None else kept.groups,
-        num_warps=4 if block <= 128 else 8,
+        num_warps=4 if block <= 128 else 8, **overlap(query.device),
     )  # fmt: skip
     return masses
 
@@ -110,7 +111,9 @@ def _score(
     scale,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     PADDED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN

@@ -8,7 +8,6 @@ from hga_compile.kernels.triton_chunks import kept_spans, sequence_groups
 from hga_compile.kernels.triton_mean import mean_masses
 from hga_compile.kernels.triton_score import Kept, Masses, group_masses
 from hga_compile.kernels.triton_select import select_groups, votes_of
-from hga_compile.kernels.triton_turn import turn
 
 __all__ = ["route"]
 
@@ -23,6 +22,7 @@ def route(
     scale: float,
     rows_of_span: int,
     parts: Tensor | None,
+    tickets: Tensor | None = None,
 ) -> Tensor:
     """List the groups that each row attends to.
 
@@ -40,6 +40,8 @@ def route(
         Softmax scale.
     rows_of_span : int
         Rows that a line of the spans is for.
+    tickets : Tensor or None
+        ``[rows]`` int32: is made 0 (see `triton_attend.attend_listed`).
 
     Returns
     -------
@@ -54,14 +56,14 @@ def route(
                 codes, query, spans.table, groups=groups, scale=scale, rows_of_span=rows_of_span, kept=kept
             )
         return group_masses(
-            codes, scales, turn(query, scale), spans.table, groups=groups, group_size=routing.group_size,
+            codes, scales, query, spans.table, scale=scale, groups=groups, group_size=routing.group_size,
             bits=routing.bits, rows_of_span=rows_of_span, kept=kept,
         )  # fmt: skip
 
     level = spans.chunks
     if level is None or parts is None:
         votes = votes_of(masses(spans.groups, None), spans.table, heads, most, rows_of_span)
-        return select_groups(votes, spans.table, spans.width, rows_of_span)
+        return select_groups(votes, spans.table, spans.width, rows_of_span, tickets=tickets)
     scored = mean_masses(
         parts, query, level.table, groups=level.chunks, scale=scale, rows_of_span=rows_of_span,
         parts=routing.chunk_parts,
@@ -72,5 +74,5 @@ def route(
     # Groups of kept chunks are chosen from as if they were all there are.
     own = kept_spans(kept, spans.table, level.table, rows_of_span)
     votes = votes_of(masses(level.groups, kept), own, heads, most, 1)
-    chosen = select_groups(votes, own, level.chosen, 1)
+    chosen = select_groups(votes, own, level.chosen, 1, tickets=tickets)
     return sequence_groups(chosen, kept, spans.table, spans.width, rows_of_span)

@@ -16,7 +16,7 @@ from hga_compile.configs.routing import Routing
 from hga_compile.kernels import call as call_module
 from hga_compile.kernels import decode, dispatch, gpu, lowbit
 from hga_compile.kernels import steps as steps_module
-from hga_compile.kernels.launch import Select, trying
+from hga_compile.kernels.launch import Score, Select, trying
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import _STEP, encode_keys
 from hga_compile.kernels.plan import plan_queries
@@ -105,6 +105,12 @@ def test_every_width_of_codes_and_every_vote(place, bits, vote):
     check(place, bits=bits, vote=vote)
 
 
+@pytest.mark.parametrize(("bits", "heads"), [(2, 3), (8, 16)])
+def test_blocks_that_are_summed_together_give_the_same_groups(place, bits, heads):
+    with trying(Score(64, 4, 4)):
+        check(place, bits=bits, heads=heads)
+
+
 @pytest.mark.parametrize("size", [1, 2, 8, 16, 64])
 def test_every_group_size(place, size):
     check(place, size=size, tokens=700)
@@ -168,11 +174,16 @@ def choose(
     return select_groups(Votes(held, tops.contiguous()), table, width, rows).tolist()
 
 
-@pytest.mark.parametrize("few", [16, 64, 2048])
+@pytest.mark.parametrize(("held", "programs"), [(16, 8), (16, 2), (64, 4), (2**14, 8)])
 @pytest.mark.parametrize("count", [0, 1, 7, 60, 197])
-def test_selection_is_top_k_of_which_equals_come_first(place, few, count):
+def test_selection_is_top_k_of_which_equals_come_first(place, monkeypatch, held, programs, count):
+    from hga_compile.kernels import triton_select
+
+    # More than is held in registers; one program a row, or several.
+    monkeypatch.setattr(triton_select, "_MOST_HELD", held)
+    monkeypatch.setattr(triton_select, "_PROGRAMS", programs)
     votes = torch.randint(0, 40, (2, 200)) / 7
-    with trying(Select(part=64, few=few, more=4 * few)):
+    with trying(Select(part=64, held=16)):
         got = choose(place, votes, count, sinks=3, window=5)
     for row in range(2):
         order = sorted(range(3, 200), key=lambda group: (-float(votes[row, group]), group))
