@@ -248,6 +248,31 @@ def test_codes_are_those_of_the_reference(place, bits, dim):
     assert bool((scales[:, :11] == 7).all()) and bool((scales[:, 48:] == 7).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("bits", "dim"), [(1, 64), (2, 20), (2, 128), (4, 80), (8, 64)])
+def test_codes_of_many_keys_of_16_bits(place, bits, dim, dtype):
+    new = 333 if CUDA else 101
+    keys = (torch.randn(2, new, dim, device=place) + 3 * torch.randn(2, 1, dim, device=place)).to(dtype)
+    keys[0, 5] = 0.0
+    keys[1, 6, 2] = 6e4
+    keys[0, 70, 1] = math.inf
+    centre = keys[:, 7:30].float().mean(1)
+    want, want_scales = encode_keys((keys.float() - centre[:, None]) @ rotation(dim, place), bits)
+    codes = torch.full((2, new + 20, want.shape[1]), 7, dtype=torch.uint8, device=place).transpose(1, 2)
+    scales = torch.full((2, new + 20), 7.0, dtype=torch.float16, device=place)
+    # Rows as a model's are: the other heads' lie between.
+    apart = keys.transpose(0, 1).contiguous().transpose(0, 1)
+    gpu.encode(apart, centre, codes, scales, 11, bits, _STEP[bits])
+    finite = torch.isfinite(want_scales)
+    assert torch.equal(torch.isfinite(scales[:, 11 : 11 + new]), finite) and not bool(finite[0, 70])
+    # A value on the border of two levels may be rounded either way.
+    wrong = (codes[:, :, 11 : 11 + new] != want).float().mean(1)
+    assert float(wrong[finite].mean()) < 0.01
+    torch.testing.assert_close(scales[:, 11 : 11 + new][finite], want_scales[finite], rtol=0.02, atol=1e-3)
+    assert bool((codes[:, :, :11] == 7).all()) and bool((codes[:, :, 11 + new :] == 7).all())
+    assert bool((scales[:, :11] == 7).all()) and bool((scales[:, 11 + new :] == 7).all())
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_key_that_is_not_finite_has_no_scale(place, value):
     keys = torch.randn(1, 8, 16, device=place)
