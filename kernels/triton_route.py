@@ -8,6 +8,7 @@ from hga_compile.kernels.triton_chunks import kept_spans, sequence_groups
 from hga_compile.kernels.triton_mean import mean_masses
 from hga_compile.kernels.triton_score import Kept, Masses, group_masses
 from hga_compile.kernels.triton_select import select_groups, votes_of
+from hga_compile.kernels.triton_turn import turn
 
 __all__ = ["route"]
 
@@ -56,7 +57,7 @@ def route(
                 codes, query, spans.table, groups=groups, scale=scale, rows_of_span=rows_of_span, kept=kept
             )
         return group_masses(
-            codes, scales, query, spans.table, scale=scale, groups=groups, group_size=routing.group_size,
+            codes, scales, turn(query, scale), spans.table, groups=groups, group_size=routing.group_size,
             bits=routing.bits, rows_of_span=rows_of_span, kept=kept,
         )  # fmt: skip
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hga_compile.kernels.launch import Score, launch_parameters, shape_of
 from hga_compile.kernels.overlap import follow, overlap
-from hga_compile.kernels.rotation import rotation
-from hga_compile.kernels.triton_turn import turn
+from hga_compile.kernels.triton_turn import Turned
 
 __all__ = ["Kept", "Masses", "group_masses"]
 
@@ -60,10 +59,9 @@ class Masses:
 def group_masses(
     codes: Tensor,
     scales: Tensor,
-    query: Tensor,
+    turned: Turned,
     spans: Tensor,
     *,
-    scale: float,
     groups: int,
     group_size: int,
     bits: int,
@@ -78,12 +76,10 @@ def group_masses(
         ``[rows, bytes, tokens]`` uint8, bytes innermost in memory (see `lowbit.encode_keys`).
     scales : Tensor
         ``[rows, tokens]`` float16.
-    query : Tensor
-        ``[rows, heads, dim]``, contiguous.
+    turned : Turned
+        The queries.
     spans : Tensor
         ``[batch or 1, SPAN]`` int32 (see `gpu.Spans`).
-    scale : float
-        Softmax scale.
     groups : int
         Groups to look at: all up to the last window, or those in `kept`, each summarised.
     group_size, bits : int
@@ -93,11 +89,7 @@ def group_masses(
     kept : Kept or None
         Chunks whose groups are looked at; None: all groups.
     """
-    rows, asked, dim = query.shape
-    heads, per_byte = max(8, triton.next_power_of_2(asked)), 8 // bits
-    # The rotation is one among bytes times one among the channels of a byte; else it takes a launch.
-    turned = None if dim % per_byte == 0 else turn(query, scale)
-    signs = None if turned is not None else rotation(dim // per_byte, query.device)
+    rows, _, heads, dim = turned.halves.shape
     launch = launch_parameters(Score, codes.device, shape_of(groups * group_size, rows, heads, dim))
     tokens = max(launch.tokens, group_size)
     blocks = triton.cdiv(groups * group_size, tokens)
@@ -105,11 +97,10 @@ def group_masses(
     masses = Masses(rows, heads, groups, tokens // group_size, codes.device, shares)
     width = triton.cdiv(dim * bits, 8)
     _score[(triton.cdiv(blocks, shares), rows)](
-        codes, codes.stride(0), codes.stride(2), scales, scales.stride(0), query, signs,
-        None if turned is None else turned.halves, None if turned is None else turned.steps, scale, spans,
+        codes, codes.stride(0), codes.stride(2), scales, scales.stride(0), turned.halves, turned.steps, spans,
         masses.mass, masses.sums, masses.peaks, groups, blocks, shares, rows_of_span,
         None if kept is None else kept.chunks, 0 if kept is None else kept.chunks.shape[1],
-        SPAN=spans.shape[1], ASKED=asked, HEADS=heads, DIM=dim, BITS=bits, BYTES=width,
+        SPAN=spans.shape[1], HEADS=heads, DIM=dim, BITS=bits, BYTES=width,
         PADDED_BYTES=max(32, triton.next_power_of_2(width)), GROUP=group_size, BLOCK=tokens // group_size,
         ASSEMBLY=_ASSEMBLY, CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1,
         STAGES=2, num_warps=launch.warps, **overlap(codes.device),
@@ -220,74 +211,19 @@ def _block(
     return most, whole
 
 
-@triton.jit
-def _size(query, ASKED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Return a power of two near the queries' largest channels, and their lengths without it."""
-    head, channel = tl.arange(0, 2 * HEADS) % HEADS, tl.arange(0, PADDED)
-    wanted = (head[:, None] < ASKED) & (channel[None, :] < DIM)
-    given = tl.load(query + head[:, None] * DIM + channel[None, :], mask=wanted, other=0.0).to(tl.float32)
-    peak = tl.max(tl.abs(given), 1)
-    # Rounding is the same at any power of two; squares of a huge query would overflow. 2^126 at most: its
-    # reciprocal is a number too.
-    size = tl.minimum(peak.to(tl.int32, bitcast=True) & 0x7F800000, 253 << 23).to(tl.float32, bitcast=True)
-    size = tl.where(peak >= 1.1754944e-38, size, 1.0)
-    given = given * (1.0 / size)[:, None]
-    # Rotated, no channel is larger than the query is long. One that is not finite has a length that is none.
-    length = tl.sqrt(tl.sum(given * given, 1))
-    length = tl.where(length == 0, 1.0, length)
-    return size, length + (length - length)
-
-
-@triton.jit
-def _part(
-    query, signs, size,
-    ASKED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PER_BYTE: tl.constexpr,
-    PADDED_BYTES: tl.constexpr,
-):  # fmt: skip
-    """Rotate every `PER_BYTE`-th channel by signs alone: exact products in 16 bits, summed in float32."""
-    head, byte = tl.arange(0, 2 * HEADS) % HEADS, tl.arange(0, PADDED_BYTES)
-    at = query + head[:, None] * DIM + byte[None, :] * PER_BYTE
-    given = tl.load(at, mask=(head[:, None] < ASKED) & (byte[None, :] * PER_BYTE < DIM), other=0.0)
-    inside = (byte[:, None] * PER_BYTE < DIM) & (byte[None, :] * PER_BYTE < DIM)
-    sign = tl.load(signs + byte[:, None] * (DIM // PER_BYTE) + byte[None, :], mask=inside, other=0.0)
-    sign = (sign > 0).to(tl.float32) - (sign < 0).to(tl.float32)
-    inverse = 1.0 / size
-    if query.dtype.element_ty == tl.float16:
-        # Its range is too small to divide in it, and small enough to sum before.
-        result = tl.dot(given, sign.to(tl.float16)) * inverse[:, None]
-    elif query.dtype.element_ty == tl.bfloat16:
-        given = (given.to(tl.float32) * inverse[:, None]).to(tl.bfloat16)
-        result = tl.dot(given, sign.to(tl.bfloat16))
-    else:
-        result = tl.dot(given * inverse[:, None], sign, input_precision="tf32x3")
-    return result
-
-
-@triton.jit
-def _factor(signs, DIM: tl.constexpr, PER_BYTE: tl.constexpr, PADDED_BYTES: tl.constexpr):
-    """Return what the signs of each byte's channels are times, and 127."""
-    byte = tl.arange(0, PADDED_BYTES)
-    on = tl.load(signs + byte * (DIM // PER_BYTE + 1), mask=byte * PER_BYTE < DIM, other=0.0)
-    # A byte's channels are a rotation of their own.
-    FACTOR: tl.constexpr = 127.0 / PER_BYTE**0.5
-    return tl.abs(on) * FACTOR
-
-
 @triton.jit(do_not_specialize=["groups", "blocks", "shares", "rows_of_span", "entries"])
 def _score(
-    codes, code_row, code_token, scales, scale_row, query, signs, halves, steps, scale, spans, mass, sums,
-    peaks, groups, blocks, shares, rows_of_span, kept, entries,
-    SPAN: tl.constexpr, ASKED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr,
-    BYTES: tl.constexpr, PADDED_BYTES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    ASSEMBLY: tl.constexpr, CHUNK: tl.constexpr, LOOPED: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    codes, code_row, code_token, scales, scale_row, halves, steps, spans, mass, sums, peaks, groups, blocks,
+    shares, rows_of_span, kept, entries,
+    SPAN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
+    PADDED_BYTES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CHUNK: tl.constexpr, LOOPED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     # Levels of 8 bits are counted from 128.
     TOP: tl.constexpr = (2**BITS - 1) / 2 - (128 if BITS == 8 else 0)
     # No dot product of levels and halves is as large as this.
     LARGEST: tl.constexpr = DIM * 2**BITS * 127 * 254 * 2.0
-    follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
     first, end = tl.load(span), tl.load(span + 2)
@@ -295,50 +231,24 @@ def _score(
     scales += row * scale_row
     if CHUNK:
         kept += row * entries
+    follow(EARLY)
     byte = tl.arange(0, PADDED_BYTES)
     head = tl.arange(0, HEADS)
     both = tl.arange(0, 2 * HEADS)
     planes = ()
     middle = tl.zeros([2 * HEADS], tl.int32)
-    if signs is None:
-        for place in tl.static_range(PER_BYTE):
-            channel = byte * PER_BYTE + place
-            at = halves + (row * 2 * HEADS + both[None, :]) * DIM + channel[:, None]
-            plane = tl.load(at, mask=channel[:, None] < DIM, other=0)
-            # Triton has no unpacking, and no other type for it.
-            planes = planes + (plane,)  # type: ignore[assignment]  # noqa: RUF005
-            middle += tl.sum(plane.to(tl.int32), 0)
-        step = tl.load(steps + row * HEADS + head)
-    else:
-        size, length = _size(query + row * ASKED * DIM, ASKED, HEADS, DIM, PADDED_BYTES * PER_BYTE)
-        parts = ()
-        for place in tl.static_range(PER_BYTE):
-            part = _part(
-                query + row * ASKED * DIM + place, signs, size, ASKED, HEADS, DIM, PER_BYTE, PADDED_BYTES
-            )  # fmt: skip
-            parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
-        factor = _factor(signs, DIM, PER_BYTE, PADDED_BYTES)[None, :] * (1.0 / length)[:, None]
-        for place in tl.static_range(PER_BYTE):
-            exact = tl.zeros([2 * HEADS, PADDED_BYTES], tl.float32)
-            for other in tl.static_range(PER_BYTE):
-                # The sign is the parity of the bits that both have.
-                if (0x6996 >> (place & other)) & 1:
-                    exact -= parts[other]
-                else:
-                    exact += parts[other]
-            exact *= factor
-            high = tl.floor(exact + 0.5)
-            low = tl.floor((exact - high) * 254.0 + 0.5)
-            plane = tl.where(both[:, None] < HEADS, high, low).to(tl.int8)
-            middle += tl.sum(plane.to(tl.int32), 1)
-            planes = planes + (tl.trans(plane),)  # type: ignore[assignment]  # noqa: RUF005
-        # A head's high and low half have the same.
-        step = tl.max(tl.reshape(size * length, [2, HEADS]), 0) * (scale / 127.0)
+    for place in tl.static_range(PER_BYTE):
+        channel = byte * PER_BYTE + place
+        at = halves + (row * 2 * HEADS + both[None, :]) * DIM + channel[:, None]
+        plane = tl.load(at, mask=channel[:, None] < DIM, other=0)
+        # Triton has no unpacking, and no other type for it.
+        planes = planes + (plane,)  # type: ignore[assignment]  # noqa: RUF005
+        middle += tl.sum(plane.to(tl.int32), 0)
     # A high half counts as much as 254 low ones: one integer of both is exact.
     worth = tl.where(tl.arange(0, 2) == 0, 254, 1)
     middle = tl.sum(tl.reshape(middle, [2, HEADS]) * worth[:, None], 0)
     # Scores are logarithms to the base 2 here.
-    step = step * (1.4426950408889634 / 254)
+    step = tl.load(steps + row * HEADS + head) * (1.4426950408889634 / 254)
     # Levels are centred through the query: no pass over the codes for it.
     middle = middle.to(tl.float32) * step * (-TOP)
     worst = tl.max(tl.abs(step), 0) * LARGEST

@@ -228,9 +228,8 @@ def tasks_of(
 
     def score() -> Any:
         return group_masses(
-            codes, scales, query, table, scale=scale, groups=known, group_size=size, bits=bits,
-            rows_of_span=rows,
-        )  # fmt: skip
+            codes, scales, turned, table, groups=known, group_size=size, bits=bits, rows_of_span=rows
+        )
 
     def attend() -> Tensor:
         return attend_listed(
@@ -238,13 +237,13 @@ def tasks_of(
             rows_of_span=rows, kv_heads=rows,
         )  # fmt: skip
 
+    turned = turn(query, scale)
     masses = score()
     votes = votes_of(masses, table, heads, False, rows)
     votes = replace(votes, entered=None)  # which is used up by one selection
     chosen = select_groups(votes, table, spans.width, rows)
-    padded = masses.mass.shape[2]
-    if dim * bits % 8:  # all other queries are rotated where they are used
-        yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale), step)
+    padded = turned.halves.shape[2]
+    yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale), step)
     yield Task(Score, shape_of(known * size, rows, padded, dim), score, step)
     vote_shape = shape_of(known, rows, padded)
     yield Task(Vote, vote_shape, lambda: votes_of(masses, table, heads, False, rows), step)

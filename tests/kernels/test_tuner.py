@@ -117,7 +117,7 @@ def test_real_kernels_give_one_result_under_all_candidates(monkeypatch):
         found = tune(work, lambda run: float(run() is None))
         tried.append(found.kernel)
         assert found.refused == 0, found
-    assert tried == ["score", "vote", "select", "attend", "encode", "encode"]
+    assert tried == ["turn", "score", "vote", "select", "attend", "encode", "encode"]
     assert Encode(16, 16, 2) in Encode.candidates()
 
 
