@@ -104,18 +104,16 @@ class Launch:
 class Score(Launch):
     """Of `triton_score.group_masses`."""
 
-    tokens: int = _among(256, (256, 512, 1024), (64, 128, 2048, 4096))
+    tokens: int = _among(128, (64, 128), (16, 32, 256, 512))
     """Of a block."""
-    programs: int = _among(528, (264, 528), (4, 132, 1056))
+    programs: int = _among(2112, (1056, 2112), (4, 132, 264, 528, 4224))
     """At most about so many in all: each sums its blocks up, and all votes read the sums."""
-    warps: int = _warps(4, 4, 8)
+    warps: int = _warps(1, 1, 2)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
-        """Return as many programs as a large GPU holds at a time, of larger blocks where there are many."""
-        if shape.size <= 16 and shape.rows <= 8:
-            return cls()
-        return cls(512, 264, 8) if shape.heads <= 8 else cls(256, 264, 8)
+        """Return smaller blocks where there are too few to keep a large GPU busy."""
+        return cls(128 if shape.rows << shape.size > 2**18 else 64)
 
 
 @dataclass(frozen=True)

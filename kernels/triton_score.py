@@ -64,7 +64,6 @@ def group_masses(
     *,
     groups: int,
     group_size: int,
-    bits: int,
     rows_of_span: int,
     kept: Kept | None = None,
 ) -> Masses:
@@ -82,28 +81,29 @@ def group_masses(
         ``[batch or 1, SPAN]`` int32 (see `gpu.Spans`).
     groups : int
         Groups to look at: all up to the last window, or those in `kept`, each summarised.
-    group_size, bits : int
-        Settings of the layer; the group size is a power of two.
+    group_size : int
+        Of the layer, a power of two.
     rows_of_span : int
         Rows that a line of `spans` is for.
     kept : Kept or None
         Chunks whose groups are looked at; None: all groups.
     """
-    rows, _, heads, dim = turned.halves.shape
-    launch = launch_parameters(Score, codes.device, shape_of(groups * group_size, rows, heads, dim))
-    tokens = max(launch.tokens, group_size)
+    rows, per_byte, _, heads, width = turned.halves.shape
+    padded = max(32, triton.next_power_of_2(width))
+    launch = launch_parameters(Score, codes.device, shape_of(groups * group_size, rows, heads, padded))
+    # Registers hold the codes and the scores of a block.
+    tokens = max(16, min(launch.tokens, 2**14 // (max(padded, heads * 4) * launch.warps)), group_size)
     blocks = triton.cdiv(groups * group_size, tokens)
     shares = triton.cdiv(blocks * rows, launch.programs)
     masses = Masses(rows, heads, groups, tokens // group_size, codes.device, shares)
-    width = triton.cdiv(dim * bits, 8)
     _score[(triton.cdiv(blocks, shares), rows)](
-        codes, codes.stride(0), codes.stride(2), scales, scales.stride(0), turned.halves, turned.steps, spans,
-        masses.mass, masses.sums, masses.peaks, groups, blocks, shares, rows_of_span,
+        codes, codes.stride(0), scales, scales.stride(0), turned.halves, turned.steps, spans, masses.mass,
+        masses.sums, masses.peaks, groups, blocks, shares, rows_of_span,
         None if kept is None else kept.chunks, 0 if kept is None else kept.chunks.shape[1],
-        SPAN=spans.shape[1], HEADS=heads, DIM=dim, BITS=bits, BYTES=width,
-        PADDED_BYTES=max(32, triton.next_power_of_2(width)), GROUP=group_size, BLOCK=tokens // group_size,
-        ASSEMBLY=_ASSEMBLY, CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1,
-        STAGES=2, num_warps=launch.warps, **overlap(codes.device),
+        SPAN=spans.shape[1], HEADS=heads, BITS=8 // per_byte, BYTES=width, PADDED_BYTES=padded,
+        STRIDE=codes.stride(2), GROUP=group_size, BLOCK=tokens // group_size, ASSEMBLY=_ASSEMBLY,
+        CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1, STAGES=2,
+        WARPS=launch.warps, num_warps=launch.warps, **overlap(codes.device),
     )  # fmt: skip
     return masses
 
@@ -151,79 +151,135 @@ def _power(number, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _block(
-    block, best, whole, codes, code_token, scales, kept, groups, blocks, first, end, planes, middle, step,
-    worst, mass, peaks,
-    HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, PADDED_BYTES: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LOOPED: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+def _place(
+    column, TOKENS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, NEAR: tl.constexpr
 ):  # fmt: skip
-    """Score the tokens of a block; return the greatest score and the sum of masses so far."""
-    TOKENS: tl.constexpr = GROUP * BLOCK
-    token = block * TOKENS + tl.arange(0, TOKENS)
-    known = token < groups * GROUP
+    """Return which token of a block a column of the product is.
+
+    Of every 8 columns a thread holds 2 next to each other: so ordered, all tokens of a group are in one thread.
+    """
+    group = column // (8 * WARPS * RUN) * (8 * WARPS) + column // 8 % WARPS * 8 + column % 8 // NEAR * NEAR
+    return group * RUN + column // (8 * WARPS) % RUN * NEAR + column % NEAR
+
+
+@triton.jit
+def _real(number, kept, CHUNK: tl.constexpr):
+    """Return the token or group that a number in the list of kept chunks of `CHUNK` stands for."""
     if CHUNK:
-        # Tokens of kept chunks, one chunk after another; the last one may reach past what is summarised.
-        chunk = tl.load(kept + token // CHUNK, mask=known, other=0)
-        token = chunk * CHUNK + token % CHUNK
-        known = known & (token < end * GROUP)
-    byte = tl.arange(0, PADDED_BYTES)
-    at = codes + token[:, None].to(tl.int64) * code_token + byte[None, :]
-    if BYTES == PADDED_BYTES:
-        packed = tl.load(at, mask=known[:, None], other=0)
+        number = tl.load(kept + number // CHUNK) * CHUNK + number % CHUNK
+    return number
+
+
+@triton.jit
+def _scores(
+    block, codes, scales, kept, first, end, listed, planes, middle, step,
+    HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, PADDED_BYTES: tl.constexpr,
+    STRIDE: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, NEAR: tl.constexpr,
+):  # fmt: skip
+    """Return scores of a block ``[HEADS, PARTS, RUN, WARPS, 8 / NEAR, NEAR]``; -inf where nothing is seen."""
+    PARTS: tl.constexpr = TOKENS // (8 * WARPS * RUN)
+    count = listed * GROUP
+    token = block * TOKENS + _place(tl.arange(0, TOKENS), TOKENS, WARPS, RUN, NEAR)
+    natural = block * TOKENS + tl.arange(0, TOKENS)
+    # The last block may reach past the list: what is read again there counts for nothing.
+    token = _real(tl.minimum(token, count - 1), kept, CHUNK)
+    if CHUNK:
+        # And the last chunk past what is summarised.
+        token = tl.maximum(tl.minimum(token, end * GROUP - 1), 0)
+        natural = _real(tl.minimum(natural, count - 1), kept, CHUNK)
+        natural = tl.maximum(tl.minimum(natural, end * GROUP - 1), 0)
+        size = tl.load(scales + natural)
     else:
-        packed = tl.load(at, mask=known[:, None] & (byte[None, :] < BYTES), other=0)
-    size = tl.load(scales + token, mask=known, other=0.0).to(tl.float32)
-    seen = known & (token >= first * GROUP) & (token < end * GROUP)
-    result = tl.zeros([TOKENS, 2 * HEADS], tl.int32)
+        size = tl.load(scales + natural, mask=natural < count, other=0.0)
+    byte = tl.arange(0, PADDED_BYTES)
+    at = codes + token[None, :] * STRIDE + byte[:, None]
+    if BYTES == PADDED_BYTES:
+        packed = tl.load(at)
+    else:
+        packed = tl.load(at, mask=byte[:, None] < BYTES, other=0)
+    result = tl.zeros([2 * HEADS, TOKENS], tl.int32)
     for place in tl.static_range(8 // BITS):
-        result = tl.dot(_levels(packed, place, BITS, ASSEMBLY), planes[place], result, out_dtype=tl.int32)
+        result = tl.dot(planes[place], _levels(packed, place, BITS, ASSEMBLY), result, out_dtype=tl.int32)
     # A high half counts as much as 254 low ones: one integer of both is exact.
     worth = tl.where(tl.arange(0, 2) == 0, 254, 1)
-    number = tl.sum(tl.reshape(result, [TOKENS, 2, HEADS]) * worth[None, :, None], 1)
-    score = (number.to(tl.float32) * step[None, :] + middle[None, :]) * size[:, None]
-    plain = tl.min((seen & (tl.abs(size) * worst < 1e38)).to(tl.int32), 0)
-    if plain > 0:
-        peak = tl.max(score, 0)
-        weight = _power(score - peak[None, :], ASSEMBLY)
-        of_group = tl.sum(tl.reshape(weight, [BLOCK, GROUP, HEADS]), 1)
-        total = tl.sum(of_group, 0)
+    number = tl.sum(tl.reshape(result, [2, HEADS, TOKENS]) * worth[:, None, None], 0)
+    score = number.to(tl.float32) * step[:, None] + middle[:, None]
+    size = tl.permute(tl.reshape(size, [PARTS, WARPS, 8 // NEAR, RUN, NEAR]), [0, 3, 1, 2, 4])
+    score = score * tl.reshape(size, [TOKENS]).to(tl.float32)[None, :]
+    score = tl.reshape(score, [HEADS, PARTS, RUN, WARPS, 8 // NEAR, NEAR])
+    # Which groups are seen, each once for all of its tokens.
+    part, warp = tl.arange(0, PARTS), tl.arange(0, WARPS)
+    group = (part[:, None, None] * WARPS + warp[None, :, None]) * 8 + tl.arange(0, 8 // NEAR)[
+        None, None, :
+    ] * NEAR
+    group = (block * TOKENS + group * RUN) // GROUP
+    known = group < listed
+    group = _real(tl.minimum(group, listed - 1), kept, CHUNK // GROUP)
+    seen = known & (group >= first) & (group < end)
+    return score + tl.where(seen, 0.0, float("-inf"))[None, :, None, :, :, None]
+
+
+@triton.jit
+def _groups(weight, HEADS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr):
+    """Sum what `_scores` has of each token over its group: ``[HEADS, BLOCK]``."""
+    if WHOLE:
+        return tl.reshape(tl.sum(tl.sum(weight, 5), 2), [HEADS, BLOCK])
     else:
-        broken = seen[:, None] & ((score != score) | (score == float("inf")))
-        score = tl.where(seen[:, None] & (broken == 0), score, float("-inf"))
-        peak = tl.max(score, 0)
-        base = tl.where(peak == float("-inf"), 0.0, peak)
-        weight = _power(score - base[None, :], ASSEMBLY)
-        total = tl.sum(weight, 0)
-        weight = tl.where(broken, float("inf"), weight)
-        of_group = tl.sum(tl.reshape(weight, [BLOCK, GROUP, HEADS]), 1)
+        return tl.sum(tl.reshape(weight, [HEADS, BLOCK, GROUP]), 2)
+
+
+@triton.jit
+def _block(
+    block, best, whole, codes, scales, kept, first, end, groups, blocks, planes, middle, step, mass, peaks,
+    HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, PADDED_BYTES: tl.constexpr,
+    STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WARPS: tl.constexpr, LOOPED: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Write the masses of a block; return the greatest score and the sum of masses so far."""
+    TOKENS: tl.constexpr = GROUP * BLOCK
+    # Whether all tokens of a group can be one thread's: 2 next to each other, as often as it takes.
+    WHOLE: tl.constexpr = (GROUP > 1) & (TOKENS >= 4 * WARPS * GROUP)
+    NEAR: tl.constexpr = 2 if WHOLE else 1
+    RUN: tl.constexpr = GROUP // 2 if WHOLE else 1
+    score = _scores(
+        block, codes, scales, kept, first, end, groups, planes, middle, step,
+        HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, TOKENS, CHUNK, ASSEMBLY, WARPS, RUN, NEAR,
+    )  # fmt: skip
+    if CAREFUL:
+        broken = (score != score) | (score == float("inf"))
+        score = tl.where(broken, float("-inf"), score)
+    # Not -inf, from which nothing can be taken: a block of which nothing is seen has masses of 0.
+    peak = tl.maximum(tl.max(tl.reshape(score, [HEADS, TOKENS]), 1), -1e30)
+    weight = _power(score - peak[:, None, None, None, None, None], ASSEMBLY)
+    of_group = _groups(weight, HEADS, BLOCK, GROUP, WHOLE)
+    total = tl.sum(of_group, 1)
+    if CAREFUL:
+        of_group = _groups(tl.where(broken, float("inf"), weight), HEADS, BLOCK, GROUP, WHOLE)
     head = tl.arange(0, HEADS)
     group = block * BLOCK + tl.arange(0, BLOCK)
-    to = mass + group[:, None].to(tl.int64) * HEADS + head[None, :]
-    tl.store(to, of_group, mask=group[:, None] < groups)
+    tl.store(mass + group[None, :] * HEADS + head[:, None], of_group, mask=group[None, :] < groups)
     if LOOPED:
         tl.store(
             peaks + block * HEADS + head, peak * 0.6931471805599453, mask=(head < HEADS) & (block < blocks)
         )
     most = tl.maximum(best, peak)
-    base = tl.where(most == float("-inf"), 0.0, most)
-    whole = whole * _power(best - base, ASSEMBLY) + total * _power(peak - base, ASSEMBLY)
+    whole = whole * _power(best - most, ASSEMBLY) + total * _power(peak - most, ASSEMBLY)
     return most, whole
 
 
 @triton.jit(do_not_specialize=["groups", "blocks", "shares", "rows_of_span", "entries"])
 def _score(
-    codes, code_row, code_token, scales, scale_row, halves, steps, spans, mass, sums, peaks, groups, blocks,
-    shares, rows_of_span, kept, entries,
-    SPAN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
-    PADDED_BYTES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
-    CHUNK: tl.constexpr, LOOPED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    codes, code_row, scales, scale_row, halves, steps, spans, mass, sums, peaks, groups, blocks, shares,
+    rows_of_span, kept, entries,
+    SPAN: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
+    PADDED_BYTES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    ASSEMBLY: tl.constexpr, CHUNK: tl.constexpr, LOOPED: tl.constexpr, STAGES: tl.constexpr,
+    WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     # Levels of 8 bits are counted from 128.
     TOP: tl.constexpr = (2**BITS - 1) / 2 - (128 if BITS == 8 else 0)
-    # No dot product of levels and halves is as large as this.
-    LARGEST: tl.constexpr = DIM * 2**BITS * 127 * 254 * 2.0
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
     first, end = tl.load(span), tl.load(span + 2)
@@ -238,42 +294,44 @@ def _score(
     planes = ()
     middle = tl.zeros([2 * HEADS], tl.int32)
     for place in tl.static_range(PER_BYTE):
-        channel = byte * PER_BYTE + place
-        at = halves + (row * 2 * HEADS + both[None, :]) * DIM + channel[:, None]
-        plane = tl.load(at, mask=channel[:, None] < DIM, other=0)
+        at = halves + ((row * PER_BYTE + place) * 2 * HEADS + both[:, None]) * BYTES + byte[None, :]
+        if BYTES == PADDED_BYTES:
+            plane = tl.load(at)
+        else:
+            plane = tl.load(at, mask=byte[None, :] < BYTES, other=0)
         # Triton has no unpacking, and no other type for it.
         planes = planes + (plane,)  # type: ignore[assignment]  # noqa: RUF005
-        middle += tl.sum(plane.to(tl.int32), 0)
-    # A high half counts as much as 254 low ones: one integer of both is exact.
+        middle += tl.sum(plane.to(tl.int32), 1)
     worth = tl.where(tl.arange(0, 2) == 0, 254, 1)
     middle = tl.sum(tl.reshape(middle, [2, HEADS]) * worth[:, None], 0)
     # Scores are logarithms to the base 2 here.
     step = tl.load(steps + row * HEADS + head) * (1.4426950408889634 / 254)
     # Levels are centred through the query: no pass over the codes for it.
     middle = middle.to(tl.float32) * step * (-TOP)
-    worst = tl.max(tl.abs(step), 0) * LARGEST
-    # A step that is not a number may hide from the greatest one.
-    worst = tl.where(tl.sum((step != step).to(tl.int32), 0) > 0, float("inf"), worst)
     best = tl.full([HEADS], float("-inf"), tl.float32)
     whole = tl.zeros([HEADS], tl.float32)
     begin = tl.program_id(0) * shares
     mass += row * groups * HEADS
     peaks += row * blocks * HEADS
-    if LOOPED & ASSEMBLY:
+    if ASSEMBLY:
         # Codes of the blocks that follow are on their way meanwhile.
         for share in tl.range(shares, num_stages=STAGES):
             best, whole = _block(
-                begin + share, best, whole, codes, code_token, scales, kept, groups, blocks, first, end,
-                planes, middle, step, worst, mass, peaks,
-                HEADS, BITS, BYTES, PADDED_BYTES, GROUP, BLOCK, CHUNK, LOOPED, ASSEMBLY,
+                begin + share, best, whole, codes, scales, kept, first, end, groups, blocks, planes, middle,
+                step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK, CHUNK, ASSEMBLY,
+                WARPS, LOOPED, False,
             )  # fmt: skip
-    else:
+    # A score that is not a number, or infinite, is seen in the sums: then all is done again, with care.
+    broken = tl.max(((whole - whole != 0) | (best == float("inf"))).to(tl.int32), 0) > 0
+    if broken or not ASSEMBLY:
+        best = tl.full([HEADS], float("-inf"), tl.float32)
+        whole = tl.zeros([HEADS], tl.float32)
         share = 0
         while share < shares:
             best, whole = _block(
-                begin + share, best, whole, codes, code_token, scales, kept, groups, blocks, first, end,
-                planes, middle, step, worst, mass, peaks,
-                HEADS, BITS, BYTES, PADDED_BYTES, GROUP, BLOCK, CHUNK, LOOPED, ASSEMBLY,
+                begin + share, best, whole, codes, scales, kept, first, end, groups, blocks, planes, middle,
+                step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK, CHUNK, ASSEMBLY,
+                WARPS, LOOPED, True,
             )  # fmt: skip
             share += 1
     parts = tl.cdiv(blocks, shares)

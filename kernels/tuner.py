@@ -227,9 +227,7 @@ def tasks_of(
         return chosen, out
 
     def score() -> Any:
-        return group_masses(
-            codes, scales, turned, table, groups=known, group_size=size, bits=bits, rows_of_span=rows
-        )
+        return group_masses(codes, scales, turned, table, groups=known, group_size=size, rows_of_span=rows)
 
     def attend() -> Tensor:
         return attend_listed(
@@ -237,14 +235,14 @@ def tasks_of(
             rows_of_span=rows, kv_heads=rows,
         )  # fmt: skip
 
-    turned = turn(query, scale)
+    turned = turn(query, scale, routing.bits)
     masses = score()
     votes = votes_of(masses, table, heads, False, rows)
     votes = replace(votes, entered=None)  # which is used up by one selection
     chosen = select_groups(votes, table, spans.width, rows)
-    padded = turned.halves.shape[2]
-    yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale), step)
-    yield Task(Score, shape_of(known * size, rows, padded, dim), score, step)
+    padded, wide = turned.halves.shape[3], max(32, 1 << (turned.halves.shape[4] - 1).bit_length())
+    yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale, routing.bits), step)
+    yield Task(Score, shape_of(known * size, rows, padded, wide), score, step)
     vote_shape = shape_of(known, rows, padded)
     yield Task(Vote, vote_shape, lambda: votes_of(masses, table, heads, False, rows), step)
     select_shape = shape_of(known, rows)
