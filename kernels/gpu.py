@@ -250,11 +250,9 @@ def decode_step(
 
     query, table = query.contiguous(), spans.table
     shared = len(query) if len(table) == 1 else kv_heads
-    tickets = torch.empty(len(query), dtype=torch.int32, device=query.device)
     chosen = route(
-        codes, scales, query, spans, routing=routing, scale=scale, rows_of_span=shared, parts=parts,
-        tickets=tickets,
-    )  # fmt: skip
+        codes, scales, query, spans, routing=routing, scale=scale, rows_of_span=shared, parts=parts
+    )
     estimate = None
     if tail is not None:
         estimate = tail_shares(query, tail, table, length=length, scale=scale, rows_of_span=shared)
@@ -262,6 +260,5 @@ def decode_step(
     out = attend_listed(
         pages, chosen, table, query, logits, length=length, group_size=routing.group_size, scale=scale,
         softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads, tail=estimate,
-        tickets=tickets,
     )  # fmt: skip
     return out, chosen

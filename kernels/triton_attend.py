@@ -13,9 +13,6 @@ from hga_compile.kernels.triton_tail import TailShares
 
 __all__ = ["attend_listed"]
 
-# At most so many splits are merged by the last program of a row.
-_FEW_SPLITS = 32
-
 
 def attend_listed(
     pages: Tensor,
@@ -32,7 +29,6 @@ def attend_listed(
     kv_heads: int,
     slots: Tensor | None = None,
     tail: TailShares | None = None,
-    tickets: Tensor | None = None,
 ) -> Tensor:
     """Attend to the tokens of listed groups, read where they lie: in GPU memory or in pinned host memory.
 
@@ -63,9 +59,6 @@ def attend_listed(
     tail : TailShares or None
         Estimate of all chunks, from which the listed tokens are taken out (see `tail`); it goes with neither
         soft-cap nor sinks.
-    tickets : Tensor or None
-        ``[rows]`` int32, 0: by them the last program of a row knows that it is, and merges; used up.
-        None: a kernel of its own merges.
 
     Returns
     -------
@@ -93,42 +86,34 @@ def attend_listed(
         chunks, chunk_size = tail.chunks, tail.chunk_size
         values, peaks, totals, tail_splits = tail.values, tail.stats[0], tail.stats[1], tail.values.shape[2]
     exact, early = query.dtype == torch.float32, overlap(query.device)
-    out = torch.empty(rows, heads, v_dim, dtype=query.dtype, device=query.device)
-    # One program merges what it is quick to read; more splits are merged by a program a head.
-    joined = splits == 1 or (tickets is not None and splits <= _FEW_SPLITS)
-    joined = joined and tail is None
     _attend[(splits, rows)](
         pages, chosen, spans, query, partial[0], stats[0], stats[1], chosen.shape[1], length, scale, softcap,
         rows, splits, shares, rows_of_span, slots, 0 if slots is None else slots.stride(0),
-        mean, shifts, rest, rest_totals, chunks, tickets, logits, out, kv_heads,
+        mean, shifts, rest, rest_totals, chunks,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
         GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, TAIL=chunk_size,
-        SINKS=logits is not None, JOINED=joined, ALONE=joined and splits == 1, FEW=_FEW_SPLITS,
-        MERGED=triton.next_power_of_2(heads),
         num_warps=launch.warps, **early,
     )  # fmt: skip
-    if not joined:
-        _merge[(rows * heads,)](
-            partial[0], stats[0], stats[1], logits, out, splits, kv_heads * heads, rest, rest_totals, values,
-            peaks, totals, tail_splits,
-            V_DIM=v_dim, V_PADDED=triton.next_power_of_2(v_dim), STEP=32, SINKS=logits is not None,
-            TAIL=tail is not None, num_warps=4, **early,
-        )  # fmt: skip
+    out = torch.empty(rows, heads, v_dim, dtype=query.dtype, device=query.device)
+    _merge[(rows * heads,)](
+        partial[0], stats[0], stats[1], logits, out, splits, kv_heads * heads, rest, rest_totals, values,
+        peaks, totals, tail_splits,
+        V_DIM=v_dim, V_PADDED=triton.next_power_of_2(v_dim), STEP=32, SINKS=logits is not None,
+        TAIL=tail is not None, num_warps=4, **early,
+    )  # fmt: skip
     return out
 
 
-_GENERAL = ["width", "length", "rows", "splits", "shares", "rows_of_span", "slot_row", "chunks", "kv_heads"]
-
-
-@triton.jit(do_not_specialize=_GENERAL)
+@triton.jit(
+    do_not_specialize=["width", "length", "rows", "splits", "shares", "rows_of_span", "slot_row", "chunks"]
+)
 def _attend(
     pages, chosen, spans, query, partial, peaks, totals, width, length, scale, softcap, rows, splits, shares,
-    rows_of_span, slots, slot_row, mean, shifts, rest, rest_totals, chunks, tickets, logits, out, kv_heads,
+    rows_of_span, slots, slot_row, mean, shifts, rest, rest_totals, chunks,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, TAIL: tl.constexpr,
-    SINKS: tl.constexpr, JOINED: tl.constexpr, ALONE: tl.constexpr, FEW: tl.constexpr, MERGED: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     PAGE: tl.constexpr = GROUP * (DIM + V_DIM)
@@ -200,85 +185,14 @@ def _attend(
             result = tl.dot(weight.to(value.dtype), value, result)
         peak = most
         share += 1
+    to = (row * HEADS + head) * splits + split
+    tl.store(peaks + to, peak, mask=head < HEADS)
+    tl.store(totals + to, total, mask=head < HEADS)
     wanted = used & (v_channel[None, :] < V_DIM)
-    if ALONE:
-        at = (row * HEADS + head[:, None]) * V_DIM + v_channel[None, :]
-        logits_of = logits
-        if SINKS:
-            logits_of = logits + row % kv_heads * HEADS
-        _store_out(out + at, wanted, logits_of, head, head < HEADS, result, total, peak, SINKS)
-    else:
-        to = (row * HEADS + head) * splits + split
-        tl.store(peaks + to, peak, mask=head < HEADS)
-        tl.store(totals + to, total, mask=head < HEADS)
-        tl.store(partial + to[:, None] * V_DIM + v_channel[None, :], result, mask=wanted)
-        if TAIL:
-            tl.store(rest_totals + to, left_total, mask=head < HEADS)
-            tl.store(rest + to[:, None] * V_DIM + v_channel[None, :], left, mask=wanted)
-        if JOINED:
-            # All threads have written before one of them takes the ticket, with which others' are seen.
-            tl.debug_barrier()
-            if tl.atomic_add(tickets + row, 1, sem="acq_rel", scope="gpu") == splits - 1:
-                tl.debug_barrier()
-                logits_of = logits
-                if SINKS:
-                    logits_of = logits + row % kv_heads * HEADS
-                first = row * HEADS
-                _join(
-                    partial + first * splits * V_DIM, peaks + first * splits, totals + first * splits,
-                    logits_of, out + first * V_DIM, splits, HEADS, MERGED, V_DIM, V_PADDED, FEW, SINKS,
-                )  # fmt: skip
-
-
-@triton.jit
-def _join(
-    partial, peaks, totals, logits, out, splits,
-    HEADS: tl.constexpr, MERGED: tl.constexpr, V_DIM: tl.constexpr, V_PADDED: tl.constexpr, FEW: tl.constexpr,
-    SINKS: tl.constexpr,
-):  # fmt: skip
-    """Merge the few splits of a row, several at a time."""
-    STEP: tl.constexpr = 8
-    head = tl.arange(0, MERGED)
-    channel = tl.arange(0, V_PADDED)
-    split = tl.arange(0, FEW)
-    # Other programs wrote it: the cache next to this one may hold what was there before.
-    at = head[:, None] * splits + split[None, :]
-    wanted = (head[:, None] < HEADS) & (split[None, :] < splits)
-    own = tl.load(peaks + at, mask=wanted, other=float("-inf"), cache_modifier=".cg")
-    own_total = tl.load(totals + at, mask=wanted, other=0.0, cache_modifier=".cg")
-    peak = tl.max(own, 1)
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp(own - base[:, None]) * own_total, 1)
-    result = tl.zeros([MERGED, V_PADDED], tl.float32)
-    begin = 0
-    while begin < splits:
-        some = begin + tl.arange(0, STEP)
-        entry = head[:, None] * splits + some[None, :]
-        there = (head[:, None] < HEADS) & (some[None, :] < splits)
-        weight = tl.load(peaks + entry, mask=there, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(
-            partial + entry[:, :, None] * V_DIM + channel[None, None, :],
-            mask=there[:, :, None] & (channel[None, None, :] < V_DIM), other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        result += tl.sum(tl.exp(weight - base[:, None])[:, :, None] * part, 1)
-        begin += STEP
-    real = head < HEADS
-    to = out + head[:, None] * V_DIM + channel[None, :]
-    _store_out(to, real[:, None] & (channel[None, :] < V_DIM), logits, head, real, result, total, peak, SINKS)
-
-
-@triton.jit
-def _store_out(to, wanted, logits, head, real, result, total, peak, SINKS: tl.constexpr):
-    """Write what all splits of a row have come to."""
-    if SINKS:
-        logit = tl.load(logits + head, mask=real, other=0.0)
-        most = tl.maximum(peak, logit)
-        base = tl.where(most == float("-inf"), 0.0, most)
-        shrink = tl.exp(peak - base)
-        total = total * shrink + tl.exp(logit - base)
-        result = result * shrink[:, None]
-    result = result / tl.where(total == 0, 1.0, total)[:, None]
-    tl.store(to, result.to(to.dtype.element_ty), mask=wanted)
+    tl.store(partial + to[:, None] * V_DIM + v_channel[None, :], result, mask=wanted)
+    if TAIL:
+        tl.store(rest_totals + to, left_total, mask=head < HEADS)
+        tl.store(rest + to[:, None] * V_DIM + v_channel[None, :], left, mask=wanted)
 
 
 @triton.jit(do_not_specialize=["splits", "query_heads", "tail_splits"])

@@ -23,7 +23,6 @@ def route(
     scale: float,
     rows_of_span: int,
     parts: Tensor | None,
-    tickets: Tensor | None = None,
 ) -> Tensor:
     """List the groups that each row attends to.
 
@@ -41,8 +40,6 @@ def route(
         Softmax scale.
     rows_of_span : int
         Rows that a line of the spans is for.
-    tickets : Tensor or None
-        ``[rows]`` int32: is made 0 (see `triton_attend.attend_listed`).
 
     Returns
     -------
@@ -64,7 +61,7 @@ def route(
     level = spans.chunks
     if level is None or parts is None:
         votes = votes_of(masses(spans.groups, None), spans.table, heads, most, rows_of_span)
-        return select_groups(votes, spans.table, spans.width, rows_of_span, tickets=tickets)
+        return select_groups(votes, spans.table, spans.width, rows_of_span)
     scored = mean_masses(
         parts, query, level.table, groups=level.chunks, scale=scale, rows_of_span=rows_of_span,
         parts=routing.chunk_parts,
@@ -75,5 +72,5 @@ def route(
     # Groups of kept chunks are chosen from as if they were all there are.
     own = kept_spans(kept, spans.table, level.table, rows_of_span)
     votes = votes_of(masses(level.groups, kept), own, heads, most, 1)
-    chosen = select_groups(votes, own, level.chosen, 1, tickets=tickets)
+    chosen = select_groups(votes, own, level.chosen, 1)
     return sequence_groups(chosen, kept, spans.table, spans.width, rows_of_span)

@@ -69,12 +69,7 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
 
 
 def select_groups(
-    votes: Votes,
-    spans: Tensor,
-    width: int,
-    rows_of_span: int,
-    names: Tensor | None = None,
-    tickets: Tensor | None = None,
+    votes: Votes, spans: Tensor, width: int, rows_of_span: int, names: Tensor | None = None
 ) -> Tensor:
     """List the groups of sinks, those with the most votes, and the window, ascending.
 
@@ -92,8 +87,6 @@ def select_groups(
         Rows that a line of `spans` is for.
     names : Tensor or None
         ``[rows, groups]`` int32, ascending: the groups that are voted for; None: all, in their order.
-    tickets : Tensor or None
-        ``[rows]`` int32: is made 0, for a kernel that comes later (see `triton_attend.attend_listed`).
 
     Returns
     -------
@@ -121,8 +114,8 @@ def select_groups(
     )  # fmt: skip
     chosen = torch.empty(rows, width, **kind)
     _list[(splits, rows)](
-        votes.votes, bounds, entered, entries[0], entries[1], names, spans, chosen, tickets, groups, width,
-        shares, rows_of_span, SPAN=spans.shape[1], PART=part,
+        votes.votes, bounds, entered, entries[0], entries[1], names, spans, chosen, groups, width, shares,
+        rows_of_span, SPAN=spans.shape[1], PART=part,
         HELD=min(_MOST_HELD, max(launch.held, triton.next_power_of_2(2 * width))),
         num_warps=launch.warps, **early,
     )  # fmt: skip
@@ -236,7 +229,7 @@ def _keep(
 
 @triton.jit(do_not_specialize=["groups", "width", "shares", "rows_of_span"])
 def _list(
-    votes, bounds, entered, keys, numbers, names, spans, chosen, tickets, groups, width, shares, rows_of_span,
+    votes, bounds, entered, keys, numbers, names, spans, chosen, groups, width, shares, rows_of_span,
     SPAN: tl.constexpr, PART: tl.constexpr, HELD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """List the chosen groups of a program's parts: where, follows from what is entered of those before."""
@@ -280,8 +273,6 @@ def _list(
         equal += both >> 16
         share += 1
     if tl.program_id(0) == 0:
-        if tickets is not None:
-            tl.store(tickets + row, 0)
         step = tl.arange(0, 256)
         at = 0
         while at < sinks:
