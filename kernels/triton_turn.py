@@ -19,8 +19,8 @@ class Turned:
     """Rotated queries in fixed point: ``(high + low / 254) * step``, one step a head."""
 
     halves: Tensor
-    """``[rows, 8 / bits, 2, heads, bytes]`` int8, high and low, by a channel's place in its byte; 0 for heads past
-    those of the query, and for channels past the last one."""
+    """``[rows, 8 / bits, 2, heads, bytes]`` int8, by a channel's place in its byte, high and low; 0 for heads
+    past those of the query, and for channels past the last one."""
     steps: Tensor
     """``[rows, heads]`` float32, the softmax scale included."""
 
@@ -47,8 +47,8 @@ def turn(query: Tensor, scale: float, bits: int) -> Turned:
     _turn[(rows, triton.cdiv(dim, launch.columns))](
         query, rotation(dim, query.device), halves, steps, scale,
         HEADS=heads, TO_HEADS=padded, PADDED_HEADS=max(16, padded), DIM=dim,
-        PADDED=triton.next_power_of_2(max(dim, 16)), PER_BYTE=per_byte, BYTES=width, COLUMNS=launch.columns, num_warps=launch.warps,
-        **overlap(query.device),
+        PADDED=triton.next_power_of_2(max(dim, 16)), PER_BYTE=per_byte, BYTES=width, COLUMNS=launch.columns,
+        num_warps=launch.warps, **overlap(query.device),
     )  # fmt: skip
     return Turned(halves, steps)
 
