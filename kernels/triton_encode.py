@@ -17,6 +17,8 @@ _FEW, _HELD = 64, 128
 # Keys that a program encodes at a time; programs that a large GPU holds, and how often each encodes at most.
 _TOKENS, _PROGRAMS, _TIMES = 64, 528, 8
 _WARPS, _STAGES = 4, 2
+# Of a thread: four programs of 128 threads fit then.
+_REGISTERS = 128
 # Channels that one product rotates: a larger power of two is put together of two of them.
 _PIECE = 64
 
@@ -75,12 +77,14 @@ def _encode_many(
         keys, keys.stride(0), keys.stride(1), centre, matrix, factors, codes, *codes.stride(), scales,
         scales.stride(0), new, begin, step,
         DIM=dim, INNER=inner, PIECES=pieces, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=_TOKENS,
-        TIMES=times, STAGES=_STAGES, num_warps=_WARPS,
+        TIMES=times, STAGES=_STAGES, num_warps=_WARPS, maxnreg=_REGISTERS if pieces == 2 else None,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
-def _columns(dim: int, inner: int, bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _columns(
+    dim: int, inner: int, bits: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return `signs` of `inner` channels, zeros after `dim`, with columns by their place in a byte first."""
     matrix, factors = signs(dim, dtype, device)
     wide, factor = matrix.new_zeros(inner, inner), factors.new_zeros(inner)
@@ -109,7 +113,7 @@ def _encode_rows(
     row = tl.program_id(1).to(tl.int64)
     inner = tl.arange(0, INNER)
     byte = tl.arange(0, SIZE // PER_BYTE)
-    # A column's channel: all first ones of a byte come first, so that a thread holds all of its bytes' levels.
+    # A column's channel: first ones of a byte come first, so that a thread has all the levels of its bytes.
     channel = inner % WIDTH * PER_BYTE + inner // WIDTH
     rotate = tl.load(matrix + inner[:, None] * INNER + inner[None, :])
     middle = tl.load(centre + row * DIM + inner, mask=inner < DIM, other=0.0)

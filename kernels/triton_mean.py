@@ -9,8 +9,8 @@ from hga_compile.kernels.triton_score import Kept, Masses
 
 __all__ = ["mean_masses", "store_means"]
 
-# Keys that a thread has on their way to it at a time, and channels of them all that a program has.
-_LOADS, _HELD = 16, 16384
+# Keys that a thread asks for at a time, channels of them all that a program asks for, and its warps.
+_LOADS, _HELD, _WARPS = 16, 16384, 4
 
 
 def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> None:
@@ -30,10 +30,10 @@ def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> Non
     # Keys of a group that a thread loads at a time: a power of two that divides the group.
     step = min(_LOADS, group_size & -group_size)
     padded = triton.next_power_of_2(dim)
-    block = max(1, min(triton.next_power_of_2(new), _HELD // (step * padded)))
+    block = max(1, min(triton.next_power_of_2(new), _HELD // (max(step, 4) * padded)))
     _store[(triton.cdiv(new, block), rows)](
-        keys, *keys.stride(), means, means.stride(0), means.stride(1), begin, new, group_size,
-        DIM=dim, PADDED=padded, STEP=step, BLOCK=block, num_warps=4,
+        keys, *keys.stride(), means, means.stride(0), means.stride(1), begin, new,
+        GROUP=group_size, DIM=dim, PADDED=padded, STEP=step, BLOCK=block, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -85,30 +85,32 @@ def mean_masses(
     return masses
 
 
-@triton.jit(do_not_specialize=["begin", "new", "group_size"])
+@triton.jit(do_not_specialize=["begin", "new"])
 def _store(
-    keys, key_row, key_token, key_channel, means, mean_row, mean_group, begin, new, group_size,
-    DIM: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    keys, key_row, key_token, key_channel, means, mean_row, mean_group, begin, new,
+    GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, PADDED)
     # Loads with a mask are slower than those of the last group again and again.
-    token = tl.minimum(group, new - 1).to(tl.int64) * group_size
+    token = tl.minimum(group, new - 1).to(tl.int64) * GROUP
     at = keys + row * key_row + token[:, None] * key_token + channel[None, :].to(tl.int64) * key_channel
     total = tl.zeros([BLOCK, PADDED], tl.float32)
-    start = 0
-    while start < group_size:
+    for _ in range(GROUP // STEP):
+        # All of them are asked for before the first is waited for.
+        loaded = ()
         for inside in tl.static_range(STEP):
             if PADDED == DIM:
                 key = tl.load(at + inside * key_token)
             else:
                 key = tl.load(at + inside * key_token, mask=channel[None, :] < DIM, other=0.0)
-            total += key.to(tl.float32)
+            loaded += (key,)  # type: ignore[assignment]
+        for inside in tl.static_range(STEP):
+            total += loaded[inside].to(tl.float32)
         at += STEP * key_token
-        start += STEP
     to = means + row * mean_row + (begin + group[:, None]).to(tl.int64) * mean_group + channel[None, :]
-    mean = (total / group_size).to(means.dtype.element_ty)
+    mean = (total / GROUP).to(means.dtype.element_ty)
     tl.store(to, mean, mask=(group[:, None] < new) & (channel[None, :] < DIM))
 
 
