@@ -5,7 +5,7 @@
 Random keys, as a model's attention hands them over (the other heads' lie between): time does not depend on
 them, and what comes out is checked against the reference before it is timed. The floor is the bytes that must
 be read and written, at the rate at which the same run copies 2 GiB; the peer is a kernel that reads half as
-many bytes and writes the other half. Neither the keys nor what is copied is in the cache from the time before.
+many bytes and writes the other half. Neither keys nor what is copied are in the cache from the time before.
 """
 
 from __future__ import annotations
