@@ -75,12 +75,14 @@ def copy_microseconds(size: int) -> float:
 def coding(bits: int, tokens: int) -> Callable[[Tensor], None]:
     """Return what encodes keys ``[rows, tokens, dim]``, after a check of its last codes."""
     centre = torch.randn(ROWS, DIM, device="cuda") / 4
+    # A summary keeps it rotated.
+    turned = centre @ rotation(DIM, centre.device)
     shape = (ROWS, tokens, DIM * bits // 8)
     codes = torch.zeros(shape, dtype=torch.uint8, device="cuda").transpose(1, 2)
     scales = torch.zeros(ROWS, tokens, dtype=torch.float16, device="cuda")
 
     def step(keys: Tensor) -> None:
-        gpu.encode(keys, centre, codes, scales, 0, bits, _STEP[bits])
+        gpu.encode(keys, centre, codes, scales, 0, bits, _STEP[bits], turned)
 
     keys = torch.randn(tokens, ROWS, DIM, dtype=DTYPE, device="cuda").transpose(0, 1)
     step(keys)

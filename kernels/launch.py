@@ -113,7 +113,7 @@ class Score(Launch):
     @classmethod
     def default(cls, shape: Shape) -> Self:
         """Return smaller blocks where there are too few to keep a large GPU busy."""
-        return cls(128 if shape.rows << shape.size > 2**18 else 64)
+        return cls(128 if shape.rows << shape.size > 2**19 else 64)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,14 @@ _PIECE = 64
 
 
 def encode(
-    keys: Tensor, centre: Tensor, codes: Tensor, scales: Tensor, begin: int, bits: int, step: float
+    keys: Tensor,
+    centre: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    begin: int,
+    bits: int,
+    step: float,
+    turned: Tensor | None = None,
 ) -> None:
     """Centre, rotate and round keys, and write their codes and scales.
 
@@ -44,13 +51,17 @@ def encode(
         1, 2, 4 or 8.
     step : float
         Step between levels in standard deviations.
+    turned : Tensor or None
+        The centre rotated, ``[rows, dim]`` float32, contiguous; None: is rotated here, if many keys need it.
     """
     rows, new, dim = keys.shape
     if keys.stride(2) != 1:
         keys = keys.contiguous()
     padded = max(16, triton.next_power_of_2(dim))
     if new > _FEW and keys.element_size() == 2 and padded <= _HELD:
-        _encode_many(keys, centre, codes, scales, begin, bits, step)
+        if turned is None:
+            turned = centre.float() @ rotation(dim, keys.device)
+        _encode_many(keys, turned, codes, scales, begin, bits, step)
         return
     launch = launch_parameters(Encode, keys.device, shape_of(new, rows, 0, dim))
     tokens = launch.tokens
@@ -63,7 +74,7 @@ def encode(
 
 
 def _encode_many(
-    keys: Tensor, centre: Tensor, codes: Tensor, scales: Tensor, begin: int, bits: int, step: float
+    keys: Tensor, turned: Tensor, codes: Tensor, scales: Tensor, begin: int, bits: int, step: float
 ) -> None:
     """Encode many keys of 16 bits: rotated first, by signs alone, which is exact, and centred then."""
     rows, new, dim = keys.shape
@@ -74,7 +85,7 @@ def _encode_many(
     # Rounded up to a power of two: few kernels to compile.
     times = min(_TIMES, triton.next_power_of_2(triton.cdiv(tiles * rows, _PROGRAMS)))
     _encode_rows[(triton.cdiv(tiles, times), rows)](
-        keys, keys.stride(0), keys.stride(1), centre, matrix, factors, codes, *codes.stride(), scales,
+        keys, keys.stride(0), keys.stride(1), turned, matrix, factors, codes, *codes.stride(), scales,
         scales.stride(0), new, begin, step,
         DIM=dim, INNER=inner, PIECES=pieces, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=_TOKENS,
         TIMES=times, STAGES=_STAGES, num_warps=_WARPS, maxnreg=_REGISTERS if pieces == 2 else None,
@@ -116,19 +127,14 @@ def _encode_rows(
     # A column's channel: first ones of a byte come first, so that a thread has all the levels of its bytes.
     channel = inner % WIDTH * PER_BYTE + inner // WIDTH
     rotate = tl.load(matrix + inner[:, None] * INNER + inner[None, :])
-    middle = tl.load(centre + row * DIM + inner, mask=inner < DIM, other=0.0)
-    if PIECES == 2:
-        other = tl.load(centre + row * DIM + INNER + inner)
-        middle = tl.join(middle + other, middle - other)
-    middle = tl.reshape(middle, [INNER, 1, PIECES])
-    middle = tl.sum(middle * rotate.to(tl.float32)[:, :, None], 0)
+    # [INNER, PIECES], of channels in the order of the columns.
+    piece = tl.arange(0, PIECES) * INNER + channel[:, None]
+    middle = tl.load(centre + row * DIM + piece, mask=piece < DIM, other=0.0) * SMALL
+    middle = tl.reshape(middle, [1, INNER, PIECES])
     if SIZE == DIM:
         factor = tl.load(factors) * (HALF * SMALL)
-        middle = tl.reshape(middle * factor, [1, INNER, PIECES])
     else:
-        factor = tl.load(factors + inner) * SMALL
-        middle = tl.reshape(middle * factor[:, None], [1, INNER, PIECES])
-        factor = tl.reshape(factor, [1, INNER, 1])
+        factor = tl.reshape(tl.load(factors + inner) * SMALL, [1, INNER, 1])
     place = tl.exp2((tl.arange(0, PER_BYTE) * BITS).to(tl.float32))
     for time in tl.range(0, TIMES, num_stages=STAGES):
         token = (tl.program_id(0) * TIMES + time) * TOKENS + tl.arange(0, TOKENS)

@@ -103,7 +103,10 @@ def group_masses(
         SPAN=spans.shape[1], HEADS=heads, BITS=8 // per_byte, BYTES=width, PADDED_BYTES=padded,
         STRIDE=codes.stride(2), GROUP=group_size, BLOCK=tokens // group_size, ASSEMBLY=_ASSEMBLY,
         CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1, STAGES=2,
-        WARPS=launch.warps, num_warps=launch.warps, **overlap(codes.device),
+        AHEAD=min(4, triton.next_power_of_2(shares)), WARPS=launch.warps, num_warps=launch.warps,
+        # So many programs of the largest block fit as of the smaller one.
+        maxnreg=128 if launch.warps == 1 and padded == 32 and heads == 8 else None,
+        **overlap(codes.device),
     )  # fmt: skip
     return masses
 
@@ -151,12 +154,20 @@ def _power(number, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def _fetch(at):
+    """Have the second-level cache read what lies there."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _place(
     column, TOKENS: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, NEAR: tl.constexpr
 ):  # fmt: skip
     """Return which token of a block a column of the product is.
 
-    Of every 8 columns a thread holds 2 next to each other: so ordered, all tokens of a group are in one thread.
+    Of every 8 columns a thread holds 2 next to each other: in this order it holds all tokens of a group.
     """
     group = column // (8 * WARPS * RUN) * (8 * WARPS) + column // 8 % WARPS * 8 + column % 8 // NEAR * NEAR
     return group * RUN + column // (8 * WARPS) % RUN * NEAR + column % NEAR
@@ -194,10 +205,7 @@ def _scores(
         size = tl.load(scales + natural, mask=natural < count, other=0.0)
     byte = tl.arange(0, PADDED_BYTES)
     at = codes + token[None, :] * STRIDE + byte[:, None]
-    if BYTES == PADDED_BYTES:
-        packed = tl.load(at)
-    else:
-        packed = tl.load(at, mask=byte[:, None] < BYTES, other=0)
+    packed = tl.load(at) if BYTES == PADDED_BYTES else tl.load(at, mask=byte[:, None] < BYTES, other=0)
     result = tl.zeros([2 * HEADS, TOKENS], tl.int32)
     for place in tl.static_range(8 // BITS):
         result = tl.dot(planes[place], _levels(packed, place, BITS, ASSEMBLY), result, out_dtype=tl.int32)
@@ -275,9 +283,10 @@ def _score(
     SPAN: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
     PADDED_BYTES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     ASSEMBLY: tl.constexpr, CHUNK: tl.constexpr, LOOPED: tl.constexpr, STAGES: tl.constexpr,
-    WARPS: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
+    TOKENS: tl.constexpr = GROUP * BLOCK
     # Levels of 8 bits are counted from 128.
     TOP: tl.constexpr = (2**BITS - 1) / 2 - (128 if BITS == 8 else 0)
     row = tl.program_id(1).to(tl.int64)
@@ -285,8 +294,13 @@ def _score(
     first, end = tl.load(span), tl.load(span + 2)
     codes += row * code_row
     scales += row * scale_row
+    begin = tl.program_id(0) * shares
     if CHUNK:
         kept += row * entries
+    elif EARLY:
+        # Codes are there already: they come nearer while the queries are turned.
+        line = begin * TOKENS * STRIDE + tl.arange(0, AHEAD * TOKENS * STRIDE // 128) * 128
+        _fetch(codes + tl.minimum(line, groups * GROUP * STRIDE - 1))
     follow(EARLY)
     byte = tl.arange(0, PADDED_BYTES)
     head = tl.arange(0, HEADS)
@@ -295,10 +309,7 @@ def _score(
     middle = tl.zeros([2 * HEADS], tl.int32)
     for place in tl.static_range(PER_BYTE):
         at = halves + ((row * PER_BYTE + place) * 2 * HEADS + both[:, None]) * BYTES + byte[None, :]
-        if BYTES == PADDED_BYTES:
-            plane = tl.load(at)
-        else:
-            plane = tl.load(at, mask=byte[None, :] < BYTES, other=0)
+        plane = tl.load(at) if BYTES == PADDED_BYTES else tl.load(at, mask=byte[None, :] < BYTES, other=0)
         # Triton has no unpacking, and no other type for it.
         planes = planes + (plane,)  # type: ignore[assignment]  # noqa: RUF005
         middle += tl.sum(plane.to(tl.int32), 1)
@@ -310,7 +321,6 @@ def _score(
     middle = middle.to(tl.float32) * step * (-TOP)
     best = tl.full([HEADS], float("-inf"), tl.float32)
     whole = tl.zeros([HEADS], tl.float32)
-    begin = tl.program_id(0) * shares
     mass += row * groups * HEADS
     peaks += row * blocks * HEADS
     if ASSEMBLY:
