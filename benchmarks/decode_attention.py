@@ -94,8 +94,8 @@ def flex_steps(query: Tensor, key: Tensor, value: Tensor, share: float) -> tuple
         mask_mod=lambda batch, head, query, key: chosen[key // FLEX_BLOCK],
     )  # fmt: skip
     inside = order[:count, None] * FLEX_BLOCK + torch.arange(FLEX_BLOCK, device=device)
-    near = (part[:, :, inside.flatten()] for part in (key, value))
-    dense = torch.nn.functional.scaled_dot_product_attention(query, *near, enable_gqa=True)
+    near = [part[:, :, inside.flatten()] for part in (key, value)]
+    dense = torch.nn.functional.scaled_dot_product_attention(query, near[0], near[1], enable_gqa=True)
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> object:
         return compiled_flex()(query, key, value, block_mask=mask, enable_gqa=True)
@@ -106,7 +106,8 @@ def flex_steps(query: Tensor, key: Tensor, value: Tensor, share: float) -> tuple
 def measure_flex(case: dict[str, Any], inputs: list[Any]) -> None:
     """Add FlexAttention's time to a case, or why there is none."""
     try:
-        step, want = flex_steps(*inputs[0], ROUTING.budget.fraction or 1.0)
+        query, key, value = inputs[0]
+        step, want = flex_steps(query, key, value, ROUTING.budget.fraction or 1.0)
         torch.testing.assert_close(step(*inputs[0]), want, rtol=0.02, atol=0.02)
         case["sparse"] = {FLEX: microseconds(step, inputs)}
     except Exception as error:  # whatever a compiler raises; the other peers go on
