@@ -28,6 +28,7 @@ def measure(batch: int, tokens: int) -> dict[str, float]:
     from hga_compile.kernels.triton_attend import attend_listed
     from hga_compile.kernels.triton_score import group_masses
     from hga_compile.kernels.triton_select import select_groups, votes_of
+    from hga_compile.kernels.triton_turn import turn
 
     rows, size, device = batch * KV_HEADS, ROUTING.group_size, torch.device("cuda", 0)
     groups = -(-tokens // size)
@@ -40,29 +41,28 @@ def measure(batch: int, tokens: int) -> dict[str, float]:
     query = torch.randn(rows, HEADS, DIM, dtype=DTYPE, device=device)
     spans = gpu.spans_of(ROUTING, plan_queries(ROUTING, tokens - 1, 1, None), None, device)
     table, scale = spans.table, DIM**-0.5
-    score: dict[str, Any] = {"scale": scale, "groups": spans.groups, "group_size": size, "bits": ROUTING.bits}
     step: dict[str, Any] = {"length": tokens, "routing": ROUTING, "scale": scale, "kv_heads": KV_HEADS}
     attend: dict[str, Any] = {
         "length": tokens, "group_size": size, "scale": scale, "softcap": 0.0, "kv_heads": KV_HEADS,
         "rows_of_span": rows,
     }  # fmt: skip
-    masses = group_masses(codes, scales, query, table, rows_of_span=rows, **score)
-    votes = replace(votes_of(masses, table, HEADS, False, rows), entered=None)
-    chosen = select_groups(votes, table, spans.width, rows)
-    tickets = torch.zeros(rows, dtype=torch.int32, device=device)
 
-    def attended() -> None:
-        tickets.zero_()
-        attend_listed(pages, chosen, table, query, None, tickets=tickets, **attend)
+    def score() -> Masses:
+        return group_masses(
+            codes, scales, turned, table, groups=spans.groups, group_size=size, rows_of_span=rows
+        )
 
-    empty = microseconds(tickets.zero_)
+    turned = turn(query, scale, ROUTING.bits)
+    masses = score()
+    votes = votes_of(masses, table, HEADS, False, rows)
+    chosen = select_groups(replace(votes, **REUSED), table, spans.width, rows)
     return {
         "all": microseconds(lambda: gpu.decode_step(pages, codes, scales, query, spans, **step)),
-        "score": microseconds(lambda: group_masses(codes, scales, query, table, rows_of_span=rows, **score)),
+        "turn": microseconds(lambda: turn(query, scale, ROUTING.bits)),
+        "score": microseconds(score),
         "votes": microseconds(lambda: votes_of(masses, table, HEADS, False, rows)),
-        # Counters that the step's own kernels make 0 are made so by a launch here.
-        "select": microseconds(lambda: select_groups(votes, table, spans.width, rows)) - empty,
-        "attend": microseconds(attended) - empty,
+        "select": microseconds(lambda: select_groups(replace(votes, **REUSED), table, spans.width, rows)),
+        "attend": microseconds(lambda: attend_listed(pages, chosen, table, query, None, **attend)),
     }
 
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         overlap.overlap.cache_clear()
     cases = [tuple(map(int, case.split("x"))) for case in options.case or []] or CASES
     table = Table(title="a decode step's kernels, microseconds")
-    for heading in ("batch", "tokens", "all", "score", "votes", "select", "attend"):
+    for heading in ("batch", "tokens", "all", "turn", "score", "votes", "select", "attend"):
         table.add_column(heading, justify="right")
     for batch, tokens in cases:
         took = measure(batch, tokens)
