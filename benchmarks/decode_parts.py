@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def measure(batch: int, tokens: int) -> dict[str, float]:
         "rows_of_span": rows,
     }  # fmt: skip
     masses = group_masses(codes, scales, query, table, rows_of_span=rows, **score)
-    votes = replace(votes_of(masses, table, HEADS, False, rows), entered=None)
+    votes = votes_of(masses, table, HEADS, False, rows)
     chosen = select_groups(votes, table, spans.width, rows)
     tickets = torch.zeros(rows, dtype=torch.int32, device=device)
 

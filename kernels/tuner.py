@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -240,7 +240,6 @@ def tasks_of(
     turned = turn(query, scale)
     masses = score()
     votes = votes_of(masses, table, heads, False, rows)
-    votes = replace(votes, entered=None)  # which is used up by one selection
     chosen = select_groups(votes, table, spans.width, rows)
     padded = turned.halves.shape[2]
     yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale), step)
