@@ -18,6 +18,8 @@ __all__ = ["Votes", "select_groups", "votes_of"]
 # About so many programs in all look through the groups.
 _PROGRAMS = 264
 _MOST_PART = 2**12
+# Whether a program counts its votes before it adds to what others count.
+_GATHERED = True
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def votes_of(
         masses.mass, masses.sums, masses.peaks, masses.peaks.stride(0), spans, votes, bins, groups,
         masses.blocks, parts, rows_of_span, float(heads),
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together,
-        STEP=max(16, min(2048 // padded, triton.next_power_of_2(parts))), MOST=most, BINS=BINS, SHIFT=SHIFT,
+        STEP=max(16, min(2048 // padded, triton.next_power_of_2(parts))), MOST=most,
+        GATHERED=_GATHERED and together * masses.block >= 32 * launch.warps, BINS=BINS, SHIFT=SHIFT,
         num_warps=launch.warps, **overlap(masses.mass.device),
     )  # fmt: skip
     return Votes(votes, None, bins, float(heads))
@@ -143,8 +146,8 @@ def select_groups(
 def _vote(
     mass, sums, peaks, peak_row, spans, votes, bins, groups, blocks, parts, rows_of_span, largest,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr,
-    EARLY: tl.constexpr,
+    TOGETHER: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, GATHERED: tl.constexpr, BINS: tl.constexpr,
+    SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
@@ -187,8 +190,15 @@ def _vote(
     vote = tl.where(group < groups, vote, -1.0)
     tl.store(votes + row * groups + group, vote, mask=group < groups)
     bin = bin_of(vote.to(tl.int32, bitcast=True), count, largest, BINS, SHIFT)
-    number = tl.histogram(bin, BINS, mask=vote >= 0)
-    tl.atomic_add(bins + row * BINS + tl.arange(0, BINS), number, mask=number > 0, sem="relaxed")
+    bin = tl.where(vote >= 0, bin, BINS)
+    bins += row * BINS
+    if GATHERED:
+        # A histogram counts each thread's copy: after a gather no two threads have the same votes.
+        bin = tl.gather(bin, tl.arange(0, TOGETHER * BLOCK), 0)
+        number = tl.histogram(bin, BINS, mask=bin < BINS)
+        tl.atomic_add(bins + tl.arange(0, BINS), number, mask=number > 0, sem="relaxed")
+    else:
+        tl.atomic_add(bins + bin, 1, mask=bin < BINS, sem="relaxed")
 
 
 @triton.jit
