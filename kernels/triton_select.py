@@ -146,8 +146,8 @@ def select_groups(
 def _vote(
     mass, sums, peaks, peak_row, spans, votes, bins, groups, blocks, parts, rows_of_span, largest,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, GATHERED: tl.constexpr, BINS: tl.constexpr,
-    SHIFT: tl.constexpr, EARLY: tl.constexpr,
+    TOGETHER: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, GATHERED: tl.constexpr,
+    BINS: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
