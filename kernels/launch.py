@@ -26,7 +26,7 @@ __all__ += ["launch_parameters", "load_table", "save_table", "shape_of", "table_
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = 2
+_SCHEMA = 3
 _MOST_BYTES = 2**20
 
 
@@ -134,17 +134,20 @@ class Vote(Launch):
 class Select(Launch):
     """Of `triton_select.select_groups`."""
 
-    part: int = _among(1024, (1024, 2048), (64, 128, 256, 512, 4096))
-    """Groups that one program looks through at a time, at least."""
-    held: int = _among(2**11, (2**11, 2**12), (16, 32, 64, 128, 256, 512, 2**10, 2**13, 2**14))
-    """Entries that a program holds in registers, at least: two times the longest list are held anyway."""
-    warps: int = _warps(8, 8, 16)
+    whole: int = _among(2**14, (2**11, 2**14), (64, 2**12, 2**13))
+    """Groups of a row that one program chooses from by itself, in registers, at most."""
+    part: int = _among(512, (256, 1024), (64, 128, 2048, 4096))
+    """Groups that one of several programs looks through at a time, at least."""
+    held: int = _among(2**11, (2**11, 2**12), (16, 64, 256, 2**10, 2**13))
+    """Of all the votes near the least one that is chosen, so many are kept between the kernels."""
+    warps: int = _warps(8, 4, 8, 16)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
-        """Return about four times as many entries as 3% of the groups, in warps with registers for them."""
-        held = 2 ** min(max(shape.size - 3, 10), 14)
-        return cls(1024, held, 16 if held >= 2**13 else 8)
+        """Return so many warps that a thread holds 16 votes, or 32 where there are rows for all of a GPU."""
+        whole = shape.size <= 14
+        warps = 2 ** min(max(shape.size - (10 if shape.rows >= 132 else 9), 0), 4)
+        return cls(held=2 ** min(max(shape.size - 6, 11), 13), warps=warps if whole else 8)
 
 
 @dataclass(frozen=True)

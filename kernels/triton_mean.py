@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.overlap import follow, overlap
+from hga_compile.kernels.triton_bins import BINS
 from hga_compile.kernels.triton_score import Kept, Masses
 
 __all__ = ["mean_masses", "store_means"]
@@ -76,10 +77,10 @@ def mean_masses(
     masses = Masses(rows, max(8, triton.next_power_of_2(heads)), groups, block, query.device)
     _score[(masses.blocks, rows)](
         means, means.stride(0), means.stride(1), query, spans, None if kept is None else kept.chunks,
-        masses.mass, masses.sums, groups, masses.blocks, 0 if kept is None else kept.chunks.shape[1], parts,
-        rows_of_span, scale,
+        masses.mass, masses.sums, masses.bins, groups, masses.blocks,
+        0 if kept is None else kept.chunks.shape[1], parts, rows_of_span, scale,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=masses.mass.shape[2], DIM=dim, PADDED=padded,
-        COLUMNS=min(64, padded), BLOCK=block, CHUNK=0 if kept is None else kept.groups,
+        COLUMNS=min(64, padded), BLOCK=block, CHUNK=0 if kept is None else kept.groups, BINS=BINS,
         num_warps=4 if block <= 128 else 8, **overlap(query.device),
     )  # fmt: skip
     return masses
@@ -116,15 +117,17 @@ def _store(
 
 @triton.jit(do_not_specialize=["groups", "blocks", "entries", "parts", "rows_of_span"])
 def _score(
-    means, mean_row, mean_entry, query, spans, kept, mass, sums, groups, blocks, entries, parts, rows_of_span,
-    scale,
+    means, mean_row, mean_entry, query, spans, kept, mass, sums, bins, groups, blocks, entries, parts,
+    rows_of_span, scale,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     PADDED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    EARLY: tl.constexpr,
+    BINS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     follow(EARLY)
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
+    if block == 0:
+        tl.store(bins + row * BINS + tl.arange(0, BINS), 0)
     span = spans + row // rows_of_span * SPAN
     first, end = tl.load(span), tl.load(span + 2)
     place = block * BLOCK + tl.arange(0, BLOCK)

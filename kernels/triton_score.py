@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hga_compile.kernels.launch import Score, launch_parameters, shape_of
 from hga_compile.kernels.overlap import follow, overlap
+from hga_compile.kernels.triton_bins import BINS, empty_bins
 from hga_compile.kernels.triton_turn import Turned
 
 __all__ = ["Kept", "Masses", "group_masses"]
@@ -54,6 +55,8 @@ class Masses:
         """``[rows, 2, parts, heads]``: greatest score of a part (-inf: none), and sum of its masses."""
         self.peaks = torch.empty(rows, self.blocks, heads, **kind) if shares > 1 else self.sums[:, 0]
         """``[rows, blocks, heads]``: greatest score of a block; parts are so many blocks each."""
+        self.bins = empty_bins(rows, device)
+        """``[rows, BINS]`` int32: 0, for votes to be counted in once."""
 
 
 def group_masses(
@@ -98,12 +101,12 @@ def group_masses(
     masses = Masses(rows, heads, groups, tokens // group_size, codes.device, shares)
     _score[(triton.cdiv(blocks, shares), rows)](
         codes, codes.stride(0), scales, scales.stride(0), turned.halves, turned.steps, spans, masses.mass,
-        masses.sums, masses.peaks, groups, blocks, shares, rows_of_span,
+        masses.sums, masses.peaks, masses.bins, groups, blocks, shares, rows_of_span,
         None if kept is None else kept.chunks, 0 if kept is None else kept.chunks.shape[1],
         SPAN=spans.shape[1], HEADS=heads, BITS=8 // per_byte, BYTES=width, PADDED_BYTES=padded,
         STRIDE=codes.stride(2), GROUP=group_size, BLOCK=tokens // group_size, ASSEMBLY=_ASSEMBLY,
         CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1, STAGES=2,
-        AHEAD=min(4, triton.next_power_of_2(shares)), WARPS=launch.warps, num_warps=launch.warps,
+        AHEAD=min(4, triton.next_power_of_2(shares)), WARPS=launch.warps, BINS=BINS, num_warps=launch.warps,
         # So many programs of the largest block fit as of the smaller one.
         maxnreg=128 if launch.warps == 1 and padded == 32 and heads == 8 else None,
         **overlap(codes.device),
@@ -278,12 +281,12 @@ def _block(
 
 @triton.jit(do_not_specialize=["groups", "blocks", "shares", "rows_of_span", "entries"])
 def _score(
-    codes, code_row, scales, scale_row, halves, steps, spans, mass, sums, peaks, groups, blocks, shares,
+    codes, code_row, scales, scale_row, halves, steps, spans, mass, sums, peaks, bins, groups, blocks, shares,
     rows_of_span, kept, entries,
     SPAN: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
     PADDED_BYTES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     ASSEMBLY: tl.constexpr, CHUNK: tl.constexpr, LOOPED: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, WARPS: tl.constexpr, BINS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     TOKENS: tl.constexpr = GROUP * BLOCK
@@ -302,6 +305,8 @@ def _score(
         line = begin * TOKENS * STRIDE + tl.arange(0, AHEAD * TOKENS * STRIDE // 128) * 128
         _fetch(codes + tl.minimum(line, groups * GROUP * STRIDE - 1))
     follow(EARLY)
+    if tl.program_id(0) == 0:
+        tl.store(bins + row * BINS + tl.arange(0, BINS), 0)
     byte = tl.arange(0, PADDED_BYTES)
     head = tl.arange(0, HEADS)
     both = tl.arange(0, 2 * HEADS)

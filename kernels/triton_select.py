@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hga_compile.kernels.launch import Select, Vote, launch_parameters, shape_of
 from hga_compile.kernels.overlap import follow, overlap
+from hga_compile.kernels.triton_bins import BINS, SHIFT, bin_of, count_votes, first_guess, threshold_bin
 from hga_compile.kernels.triton_score import Masses
 
 __all__ = ["Votes", "select_groups", "votes_of"]
@@ -17,8 +18,8 @@ __all__ = ["Votes", "select_groups", "votes_of"]
 # About so many programs in all look through the groups.
 _PROGRAMS = 264
 _MOST_PART = 2**12
-# Entries that a program holds in registers at most; more are looked through again for every bit.
-_MOST_HELD = 2**14
+# Whether a program counts its votes before it adds to what others count.
+_GATHERED = True
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Votes:
 
     votes: Tensor
     """``[rows, groups]`` float32; infinite for broken groups, -1 for those that are not to choose from."""
-    tops: Tensor
-    """``[rows, runs]`` float32: the most votes in each run of groups."""
-    entered: Tensor | None = None
-    """``[rows]`` int32, 0: where the selection counts; used up by it. None: it makes its own."""
+    bins: Tensor | None = None
+    """``[rows, BINS]`` int32: votes by size (see `triton_bins`); None: the selection counts if it has to."""
+    largest: float = 1024.0
+    """About what the finite votes of a row add up to at most: the nearer, the less a selection may take."""
 
 
 def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span: int) -> Votes:
@@ -52,20 +53,19 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
     rows, groups, padded = masses.mass.shape
     launch = launch_parameters(Vote, masses.mass.device, shape_of(groups, rows, padded))
     together = max(1, launch.groups // masses.block)
-    run = min(max(8, triton.next_power_of_2(triton.cdiv(groups, _MOST_HELD))), together * masses.block)
-    kind: dict[str, Any] = {"dtype": torch.float32, "device": masses.mass.device}
-    early = overlap(masses.mass.device)
-    votes, tops = torch.empty(rows, groups, **kind), torch.empty(rows, triton.cdiv(groups, run), **kind)
-    entered = torch.empty(rows, dtype=torch.int32, device=masses.mass.device)
+    kind: dict[str, Any] = {"device": masses.mass.device}
+    votes = torch.empty(rows, groups, dtype=torch.float32, **kind)
+    bins = masses.bins
     parts = masses.sums.shape[2]
     _vote[(triton.cdiv(masses.blocks, together), rows)](
-        masses.mass, masses.sums, masses.peaks, masses.peaks.stride(0), spans, votes, tops, entered, groups,
-        tops.shape[1], masses.blocks, parts, rows_of_span,
-        SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together, RUN=run,
+        masses.mass, masses.sums, masses.peaks, masses.peaks.stride(0), spans, votes, bins, groups,
+        masses.blocks, parts, rows_of_span, float(heads),
+        SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together,
         STEP=max(16, min(2048 // padded, triton.next_power_of_2(parts))), MOST=most,
-        num_warps=launch.warps, **early,
+        GATHERED=_GATHERED and together * masses.block >= 32 * launch.warps, BINS=BINS, SHIFT=SHIFT,
+        num_warps=launch.warps, **overlap(masses.mass.device),
     )  # fmt: skip
-    return Votes(votes, tops, entered)
+    return Votes(votes, bins, float(heads))
 
 
 def select_groups(
@@ -93,47 +93,51 @@ def select_groups(
     Tensor
         ``[rows, width]`` int32; entries past a row's own list are not written.
     """
-    (rows, groups), runs = votes.votes.shape, votes.tops.shape[1]
-    device = votes.votes.device
+    (rows, groups), device = votes.votes.shape, votes.votes.device
     launch, early = launch_parameters(Select, device, shape_of(groups, rows)), overlap(device)
-    # With many rows a program of each does all parts: its own search for the bounds is done once.
+    kind: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    fixed: dict[str, Any] = {"SPAN": spans.shape[1], "BINS": BINS, "SHIFT": SHIFT, "num_warps": launch.warps}
+    chosen = torch.empty(rows, width, **kind)
+    if groups <= launch.whole:
+        _whole[(rows,)](
+            votes.votes, votes.bins, names, spans, chosen, groups, width, rows_of_span,
+            votes.largest, HELD=triton.next_power_of_2(max(groups, 128)), **fixed, **early,
+        )  # fmt: skip
+        return chosen
+    bins = votes.bins
+    if bins is None:
+        bins = count_votes(votes.votes, spans, rows_of_span, votes.largest)
+    # With many rows a program of each does all parts.
     most = max(1, _PROGRAMS // rows)
     part = max(launch.part, min(_MOST_PART, triton.next_power_of_2(triton.cdiv(groups, most))))
     parts = triton.cdiv(groups, part)
     shares = triton.cdiv(parts, min(parts, most))
     splits = triton.cdiv(parts, shares)
-    kind: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    entries, bounds = torch.empty(2, rows, groups, **kind), torch.empty(rows, **kind)
-    entered = votes.entered
-    if entered is None:
-        entered = torch.zeros(rows, **kind) if splits > 1 else torch.empty(rows, **kind)
+    padded = triton.next_power_of_2(splits)
+    room = max(1, launch.held // padded)
+    found, rivals = torch.empty(rows, 3, splits, **kind), torch.empty(rows, splits, room, **kind)
     _keep[(splits, rows)](
-        votes.votes, votes.tops, spans, bounds, entered, entries[0], entries[1], groups, runs, shares,
-        rows_of_span, SPAN=spans.shape[1], HELD=triton.next_power_of_2(max(runs, 128)), PART=part,
-        ALONE=splits == 1, num_warps=launch.warps, **early,
+        votes.votes, bins, spans, found, rivals, groups, shares, rows_of_span, votes.largest,
+        PART=part, ROOM=room, **fixed, **early,
     )  # fmt: skip
-    chosen = torch.empty(rows, width, **kind)
     _list[(splits, rows)](
-        votes.votes, bounds, entered, entries[0], entries[1], names, spans, chosen, groups, width, shares,
-        rows_of_span, SPAN=spans.shape[1], PART=part,
-        HELD=min(_MOST_HELD, max(launch.held, triton.next_power_of_2(2 * width))),
-        num_warps=launch.warps, **early,
+        votes.votes, found, rivals, names, spans, chosen, groups, width, shares, rows_of_span,
+        votes.largest, PART=part, ROOM=room, SPLITS=padded, **fixed, **early,
     )  # fmt: skip
     return chosen
 
 
-@triton.jit(do_not_specialize=["groups", "runs", "blocks", "parts", "rows_of_span", "peak_row"])
+@triton.jit(do_not_specialize=["groups", "blocks", "parts", "rows_of_span", "peak_row"])
 def _vote(
-    mass, sums, peaks, peak_row, spans, votes, tops, entered, groups, runs, blocks, parts, rows_of_span,
+    mass, sums, peaks, peak_row, spans, votes, bins, groups, blocks, parts, rows_of_span, largest,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
+    TOGETHER: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, GATHERED: tl.constexpr,
+    BINS: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
-    if tl.program_id(0) == 0:
-        tl.store(entered + row, 0)
-    first, end = tl.load(span + 1), tl.load(span + 2)
+    first, end, count = tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
     head = tl.arange(0, PADDED_HEADS)
     used = head[None, :] < HEADS
     block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
@@ -170,21 +174,26 @@ def _vote(
     vote = tl.where((group >= first) & (group < end), vote, -1.0)
     vote = tl.where(group < groups, vote, -1.0)
     tl.store(votes + row * groups + group, vote, mask=group < groups)
-    RUNS: tl.constexpr = TOGETHER * BLOCK // RUN
-    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
-    tl.store(tops + row * runs + run, tl.max(tl.reshape(vote, [RUNS, RUN]), 1), mask=run < runs)
+    bin = bin_of(vote.to(tl.int32, bitcast=True), count, largest, BINS, SHIFT)
+    bin = tl.where(vote >= 0, bin, BINS)
+    bins += row * BINS
+    if GATHERED:
+        # A histogram counts each thread's copy: after a gather no two threads have the same votes.
+        bin = tl.gather(bin, tl.arange(0, TOGETHER * BLOCK), 0)
+        number = tl.histogram(bin, BINS, mask=bin < BINS)
+        tl.atomic_add(bins + tl.arange(0, BINS), number, mask=number > 0, sem="relaxed")
+    else:
+        tl.atomic_add(bins + bin, 1, mask=bin < BINS, sem="relaxed")
 
 
 @triton.jit
-def _least_of(key, count, BITS: tl.constexpr):
-    """Return a bound that `count` keys reach: the largest there is, as far as its first bits tell.
+def _least_of(key, count, least, bit):
+    """Return a bound that `count` keys reach: the largest there is, from its first bits and the next on.
 
     Ends early where exactly so many reach it: they are what is above it and what is equal to it.
     """
-    least = 0
-    bit = 30
     enough = -1
-    while (bit > 30 - BITS) & (enough != count):
+    while (bit >= 0) & (enough != count):
         candidate = least | (1 << bit)
         enough = tl.sum((key >= candidate).to(tl.int32), 0)
         least = tl.where(enough >= count, candidate, least)
@@ -192,125 +201,201 @@ def _least_of(key, count, BITS: tl.constexpr):
     return least
 
 
-@triton.jit(do_not_specialize=["groups", "runs", "shares", "rows_of_span"])
-def _keep(
-    votes, tops, spans, bounds, entered, keys, numbers, groups, runs, shares, rows_of_span,
-    SPAN: tl.constexpr, HELD: tl.constexpr, PART: tl.constexpr, ALONE: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def _enter(to, key, group, names, least, left, above, equal):
+    """List those of some groups that are chosen: so many are above the least one before, or equal to it.
+
+    Of those that are equal to the least one, the first.
+    """
+    # Both counts in one sum: these are fewer than 2^15 groups.
+    both = (key > least).to(tl.int32) + ((key == least).to(tl.int32) << 16)
+    until = tl.cumsum(both, 0)
+    equals = equal + (until >> 16)
+    at = above + (until & 0xFFFF) + tl.minimum(equals, left) - 1
+    taken = (key > least) | ((key == least) & (equals <= left))
+    if names is not None:
+        group = tl.load(names + group, mask=taken, other=0)
+    tl.store(to + at, group, mask=taken)
+    return both
+
+
+@triton.jit
+def _enter_fixed(span, to):
+    """List the groups of sinks and window, which are before and behind those that are chosen."""
+    sink_start, sink_end, window = tl.load(span), tl.load(span + 1), tl.load(span + 2)
+    count, last = tl.load(span + 3), tl.load(span + 4)
+    sinks = sink_end - sink_start
+    step = tl.arange(0, 256)
+    at = 0
+    while at < sinks:
+        tl.store(to + at + step, sink_start + at + step, mask=at + step < sinks)
+        at += 256
+    at = 0
+    while at < last - window:
+        tl.store(to + sinks + count + at + step, window + at + step, mask=at + step < last - window)
+        at += 256
+
+
+@triton.jit(do_not_specialize=["groups", "width", "rows_of_span"])
+def _whole(
+    votes, bins, names, spans, chosen, groups, width, rows_of_span, largest,
+    SPAN: tl.constexpr, HELD: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Enter the groups that may be chosen, in any order of the programs."""
+    """Do the whole selection of a row in registers."""
+    follow(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    span = spans + row // rows_of_span * SPAN
+    sinks, count = tl.load(span + 1) - tl.load(span), tl.load(span + 3)
+    group = tl.arange(0, HELD)
+    vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
+    # Votes are not negative, and their bits are ordered as they are; others have the sign bit.
+    key = vote.to(tl.int32, bitcast=True)
+    if bins is None:
+        least = 0
+        bit = 30
+    else:
+        least, bit = first_guess(threshold_bin(bins + row * BINS, count, BINS), count, largest, BINS, SHIFT)
+    least = _least_of(key, count, least, bit)
+    left = count - tl.sum((key > least).to(tl.int32), 0)
+    if names is not None:
+        names += row * groups
+    to = chosen + row * width
+    _enter(to + sinks, key, group, names, least, left, 0, 0)
+    _enter_fixed(span, to)
+
+
+@triton.jit(do_not_specialize=["groups", "shares", "rows_of_span"])
+def _keep(
+    votes, bins, spans, found, rivals, groups, shares, rows_of_span, largest,
+    SPAN: tl.constexpr, PART: tl.constexpr, ROOM: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Count the groups of a program's parts above the threshold's bin, and keep the votes of those in it."""
     follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
+    split, splits = tl.program_id(0), tl.num_programs(0)
     count = tl.load(spans + row // rows_of_span * SPAN + 3)
-    place = tl.arange(0, HELD)
-    top = tl.load(tops + row * runs + place, mask=place < runs, other=-1.0)
-    # As many runs as there are groups to choose have a top: what is less than their least is not chosen.
-    # Votes are not negative, and their bits are ordered as they are; others have the sign bit.
-    bound = _least_of(top.to(tl.int32, bitcast=True), count, 16)
-    if tl.program_id(0) == 0:
-        tl.store(bounds + row, bound)
-    before = 0
+    edge = threshold_bin(bins + row * BINS, count, BINS)
+    to = rivals + (row * splits + split) * ROOM
+    above = 0
+    inside = 0
     share = 0
     while share < shares:
-        group = (tl.program_id(0) * shares + share) * PART + tl.arange(0, PART)
+        group = (split * shares + share) * PART + tl.arange(0, PART)
         vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
         key = vote.to(tl.int32, bitcast=True)
-        kept = key >= bound
-        number = tl.sum(kept.to(tl.int32), 0)
-        if not ALONE:
-            before = tl.atomic_add(entered + row, number, sem="relaxed")
-        at = row * groups + before + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(keys + at, key, mask=kept)
-        tl.store(numbers + at, group, mask=kept)
-        before += number
+        bin = bin_of(key, count, largest, BINS, SHIFT)
+        rival = (vote >= 0) & (bin == edge)
+        both = ((vote >= 0) & (bin < edge)).to(tl.int32) + (rival.to(tl.int32) << 16)
+        at = inside + (tl.cumsum(both, 0) >> 16) - 1
+        tl.store(to + at, key, mask=rival & (at < ROOM))
+        both = tl.sum(both, 0)
+        above += both & 0xFFFF
+        inside += both >> 16
         share += 1
-    if ALONE:
-        tl.store(entered + row, before)
+    place = tl.arange(0, ROOM)
+    tl.store(to + place, -1, mask=place >= inside)
+    found += row * 3 * splits + split
+    tl.store(found, above)
+    tl.store(found + splits, inside)
+    tl.store(found + 2 * splits, edge)
 
 
 @triton.jit(do_not_specialize=["groups", "width", "shares", "rows_of_span"])
 def _list(
-    votes, bounds, entered, keys, numbers, names, spans, chosen, groups, width, shares, rows_of_span,
-    SPAN: tl.constexpr, PART: tl.constexpr, HELD: tl.constexpr, EARLY: tl.constexpr,
+    votes, found, rivals, names, spans, chosen, groups, width, shares, rows_of_span, largest,
+    SPAN: tl.constexpr, PART: tl.constexpr, ROOM: tl.constexpr, SPLITS: tl.constexpr, BINS: tl.constexpr,
+    SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """List the chosen groups of a program's parts: where, follows from what is entered of those before."""
+    """List the chosen groups of a program's parts: where, follows from what was found in those before."""
     follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
+    split, splits = tl.program_id(0), tl.num_programs(0)
     span = spans + row // rows_of_span * SPAN
-    sink_start, sink_end, window = tl.load(span), tl.load(span + 1), tl.load(span + 2)
-    count, last = tl.load(span + 3), tl.load(span + 4)
-    listed, bound = tl.load(entered + row), tl.load(bounds + row)
-    own, own_numbers, to = keys + row * groups, numbers + row * groups, chosen + row * width
-    sinks = sink_end - sink_start
-    begin = tl.program_id(0) * shares * PART
-    place = tl.arange(0, HELD)
-    if listed <= HELD:
-        key = tl.load(own + place, mask=place < listed, other=-1)
-        number = tl.load(own_numbers + place, mask=place < listed, other=0)
-        least = tl.maximum(_least_of(key, count, 31), bound)
-        all_above = tl.sum((key > least).to(tl.int32), 0)
-        above = tl.sum(((key > least) & (number < begin)).to(tl.int32), 0)
-        equal = tl.sum(((key == least) & (number < begin)).to(tl.int32), 0)
+    sinks, count = tl.load(span + 1) - tl.load(span), tl.load(span + 3)
+    votes += row * groups
+    found += row * 3 * splits
+    begin = split * shares * PART
+    part = tl.arange(0, SPLITS)
+    above_of = tl.load(found + part, mask=part < splits, other=0)
+    inside_of = tl.load(found + splits + part, mask=part < splits, other=0)
+    edge = tl.load(found + 2 * splits + split)
+    place = tl.arange(0, SPLITS * ROOM)
+    rival = tl.load(rivals + row * splits * ROOM + place, mask=place < splits * ROOM, other=-1)
+    least, bit = first_guess(edge, count, largest, BINS, SHIFT)
+    if tl.max(inside_of, 0) <= ROOM:
+        all_above = tl.sum(above_of, 0)
+        above = tl.sum(tl.where(part < split, above_of, 0), 0)
+        least = _least_of(rival, count - all_above, least, bit)
+        # Rivals are in the order of their groups.
+        before = place < split * ROOM
+        all_above += tl.sum((rival > least).to(tl.int32), 0)
+        both = (rival > least).to(tl.int32) + ((rival == least).to(tl.int32) << 16)
+        both = tl.sum(tl.where(before, both, 0), 0)
+        above += both & 0xFFFF
+        equal = both >> 16
     else:
-        least, all_above, above, equal = _search(own, own_numbers, listed, count, bound, begin, HELD)
-    # Of those that are equal to the least one, the first.
+        least, all_above, above, equal = _search(
+            votes, groups, edge, count, begin, largest, SPLITS * ROOM, BINS, SHIFT
+        )
     left = count - all_above
+    if names is not None:
+        names += row * groups
+    to = chosen + row * width
     share = 0
     while share < shares:
         group = begin + share * PART + tl.arange(0, PART)
-        vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
+        vote = tl.load(votes + group, mask=group < groups, other=-1.0)
         key = vote.to(tl.int32, bitcast=True)
-        # Both counts in one sum: a part has fewer than 2^15 groups.
-        both = (key > least).to(tl.int32) + ((key == least).to(tl.int32) << 16)
-        until = tl.cumsum(both, 0)
-        equals = equal + (until >> 16)
-        at = sinks + above + (until & 0xFFFF) + tl.minimum(equals, left) - 1
-        taken = (key > least) | ((key == least) & (equals <= left))
-        if names is not None:
-            group = tl.load(names + row * groups + group, mask=taken, other=0)
-        tl.store(to + at, group, mask=taken)
-        both = tl.sum(both, 0)
+        both = tl.sum(_enter(to + sinks, key, group, names, least, left, above, equal), 0)
         above += both & 0xFFFF
         equal += both >> 16
         share += 1
-    if tl.program_id(0) == 0:
-        step = tl.arange(0, 256)
-        at = 0
-        while at < sinks:
-            tl.store(to + at + step, sink_start + at + step, mask=at + step < sinks)
-            at += 256
-        at = 0
-        while at < last - window:
-            tl.store(to + sinks + count + at + step, window + at + step, mask=at + step < last - window)
-            at += 256
+    if split == 0:
+        _enter_fixed(span, to)
 
 
 @triton.jit
-def _search(keys, numbers, listed, count, bound, begin, STEP: tl.constexpr):
-    """Do for more entries than registers hold what `_list` does for few."""
+def _search(
+    votes, groups, edge, count, begin, largest, STEP: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr
+):
+    """Do by all votes what `_list` does by the rivals' where there is room for them."""
     place = tl.arange(0, STEP)
-    least = 0
+    # Bits that no two rivals differ in need no look: there may be many that are equal.
+    low = 0x7FFFFFFF
+    high = 0
+    at = 0
+    while at < groups:
+        vote = tl.load(votes + at + place, mask=at + place < groups, other=-1.0)
+        key = vote.to(tl.int32, bitcast=True)
+        rival = (vote >= 0) & (bin_of(key, count, largest, BINS, SHIFT) == edge)
+        low = tl.minimum(low, tl.min(tl.where(rival, key, 0x7FFFFFFF), 0))
+        high = tl.maximum(high, tl.max(tl.where(rival, key, 0), 0))
+        at += STEP
     bit = 30
+    while (bit >= 0) & (((low ^ high) >> bit) == 0):
+        bit -= 1
+    least = (low >> (bit + 1)) << (bit + 1)
     enough = -1
     while (bit >= 0) & (enough != count):
         candidate = least | (1 << bit)
         enough = 0
         at = 0
-        while at < listed:
-            key = tl.load(keys + at + place, mask=at + place < listed, other=-1)
-            enough += tl.sum((key >= candidate).to(tl.int32), 0)
+        while at < groups:
+            vote = tl.load(votes + at + place, mask=at + place < groups, other=-1.0)
+            enough += tl.sum((vote.to(tl.int32, bitcast=True) >= candidate).to(tl.int32), 0)
             at += STEP
         least = tl.where(enough >= count, candidate, least)
         bit -= 1
-    least = tl.maximum(least, bound)
     all_above = 0
     above = 0
     equal = 0
     at = 0
-    while at < listed:
-        key = tl.load(keys + at + place, mask=at + place < listed, other=-1)
-        number = tl.load(numbers + at + place, mask=at + place < listed, other=0)
+    while at < groups:
+        vote = tl.load(votes + at + place, mask=at + place < groups, other=-1.0)
+        key = vote.to(tl.int32, bitcast=True)
         all_above += tl.sum((key > least).to(tl.int32), 0)
-        above += tl.sum(((key > least) & (number < begin)).to(tl.int32), 0)
-        equal += tl.sum(((key == least) & (number < begin)).to(tl.int32), 0)
+        above += tl.sum(((key > least) & (at + place < begin)).to(tl.int32), 0)
+        equal += tl.sum(((key == least) & (at + place < begin)).to(tl.int32), 0)
         at += STEP
     return least, all_above, above, equal

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -237,8 +237,8 @@ def tasks_of(
 
     turned = turn(query, scale, routing.bits)
     masses = score()
-    votes = votes_of(masses, table, heads, False, rows)
-    votes = replace(votes, entered=None)  # which is used up by one selection
+    # Votes are counted in the masses' bins once: those that are timed below are others.
+    votes = votes_of(score(), table, heads, False, rows)
     chosen = select_groups(votes, table, spans.width, rows)
     padded, wide = turned.halves.shape[3], max(32, 1 << (turned.halves.shape[4] - 1).bit_length())
     yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale, routing.bits), step)

@@ -62,7 +62,7 @@ def test_without_a_table_the_defaults_hold():
     assert launch_parameters(Score, CUDA, shape_of(2**20, 4, 64, 128)) == Score(256, 264, 8)
     assert launch_parameters(Vote, CUDA, shape_of(9, 4, 8)) == Vote(512, 4)
     assert launch_parameters(Vote, CUDA, shape_of(9, 4, 64)) == Vote(64, 4)
-    assert launch_parameters(Select, CUDA, shape_of(9, 4)) == Select(1024, 1024, 8)
+    assert launch_parameters(Select, CUDA, shape_of(9, 4)) == Select(2**14, 512, 2**11, 1)
     assert launch_parameters(Attend, CUDA, SHAPE) == Attend(64, 264, 4)
     assert launch_parameters(Turn, CUDA, SHAPE) == Turn(32, 4)
     for new, dim, tokens in ((16, 128, 16), (17, 128, 64), (4096, 256, 32), (4096, 20, 64)):
