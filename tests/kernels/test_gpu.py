@@ -256,6 +256,7 @@ def test_votes_are_counted_by_size(place, count, spread):
     masses.mass.copy_(torch.exp(spread * torch.randn(2, 150, 8)))
     parts = torch.nn.functional.pad(masses.mass, (0, 0, 0, 10)).unflatten(1, (5, 32)).sum(2)
     masses.sums[:, 0], masses.sums[:, 1] = 0.0, parts
+    masses.bins.zero_()
     table = torch.tensor([[0, 0, 150, count, 150, 0]], dtype=torch.int32, device=place)
     votes = votes_of(masses, table, 5, False, 2)
     assert votes.bins.shape == (2, BINS) and votes.bins.sum(1).tolist() == [150, 150]
