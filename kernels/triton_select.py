@@ -28,8 +28,8 @@ class Votes:
 
     votes: Tensor
     """``[rows, groups]`` float32; infinite for broken groups, -1 for those that are not to choose from."""
-    tops: Tensor | None = None
-    """``[rows, runs]`` float32: the most votes in each run of groups; nothing needs them."""
+    tops: Any = None
+    """``[rows, runs]`` float32 tensor: most votes in each run of groups (`triton_tile_vote`); not needed."""
     bins: Tensor | None = None
     """``[rows, BINS]`` int32: votes by size (see `triton_bins`); None: the selection counts if it has to."""
     largest: float = 1024.0
