@@ -104,7 +104,7 @@ class Launch:
 class Score(Launch):
     """Of `triton_score.group_masses`."""
 
-    tokens: int = _among(128, (64, 128), (16, 32, 256, 512))
+    tokens: int = _among(64, (64, 128), (16, 32, 256, 512))
     """Of a block."""
     programs: int = _among(2112, (1056, 2112), (4, 132, 264, 528, 4224))
     """At most about so many in all: each sums its blocks up, and all votes read the sums."""
@@ -121,33 +121,38 @@ class Vote(Launch):
     """Of `triton_select.votes_of`."""
 
     groups: int = _among(512, (256, 512, 1024), (64, 128, 2048))
-    """Of a program."""
+    """Of a program, at a time."""
+    programs: int = _among(528, (528, 1056), (4, 132, 264, 2112))
+    """At most about so many in all."""
     warps: int = _warps(4, 4, 8)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
         """Return as many groups as registers hold masses of."""
-        return cls(min(512, 4096 // shape.heads))
+        return cls(min(512 if shape.rows << shape.size > 2**16 else 256, 4096 // shape.heads))
 
 
 @dataclass(frozen=True)
 class Select(Launch):
     """Of `triton_select.select_groups`."""
 
-    whole: int = _among(2**14, (2**11, 2**14), (64, 2**12, 2**13))
+    whole: int = _among(2**14, (2**10, 2**14), (64, 2**11, 2**12, 2**13))
     """Groups of a row that one program chooses from by itself, in registers, at most."""
     part: int = _among(512, (256, 1024), (64, 128, 2048, 4096))
     """Groups that one of several programs looks through at a time, at least."""
-    held: int = _among(2**11, (2**11, 2**12), (16, 64, 256, 2**10, 2**13))
+    held: int = _among(2**11, (2**11, 2**12), (16, 64, 256, 2**10, 2**13, 2**14))
     """Of all the votes near the least one that is chosen, so many are kept between the kernels."""
     warps: int = _warps(8, 4, 8, 16)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
-        """Return so many warps that a thread holds 16 votes, or 32 where there are rows for all of a GPU."""
-        whole = shape.size <= 14
-        warps = 2 ** min(max(shape.size - (10 if shape.rows >= 132 else 9), 0), 4)
-        return cls(held=2 ** min(max(shape.size - 6, 11), 13), warps=warps if whole else 8)
+        """Return several programs for few rows, else one with 16 or 32 votes a thread."""
+        if shape.rows >= 64:
+            # A program of each row is enough for a large GPU.
+            return cls(warps=2 ** min(max(shape.size - (10 if shape.rows >= 132 else 9), 0), 4))
+        if shape.size <= 15:
+            return cls(2**10, 512, 2**11, 4)
+        return cls(2**10, 2 ** min(shape.size - 6, 12), 2 ** min(shape.size - 4, 14), 8)
 
 
 @dataclass(frozen=True)

@@ -99,17 +99,18 @@ def group_masses(
     blocks = triton.cdiv(groups * group_size, tokens)
     shares = triton.cdiv(blocks * rows, launch.programs)
     masses = Masses(rows, heads, groups, tokens // group_size, codes.device, shares)
+    # Codes of a program's first blocks, in lines of the cache.
+    ahead = triton.next_power_of_2(triton.cdiv(min(4, shares) * tokens * codes.stride(2), 128))
+    # So many programs of the largest block fit as of the smaller one.
+    limit = 128 if launch.warps == 1 and padded == 32 and heads == 8 else None
     _score[(triton.cdiv(blocks, shares), rows)](
         codes, codes.stride(0), scales, scales.stride(0), turned.halves, turned.steps, spans, masses.mass,
         masses.sums, masses.peaks, masses.bins, groups, blocks, shares, rows_of_span,
         None if kept is None else kept.chunks, 0 if kept is None else kept.chunks.shape[1],
         SPAN=spans.shape[1], HEADS=heads, BITS=8 // per_byte, BYTES=width, PADDED_BYTES=padded,
         STRIDE=codes.stride(2), GROUP=group_size, BLOCK=tokens // group_size, ASSEMBLY=_ASSEMBLY,
-        CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1, STAGES=2,
-        AHEAD=min(4, triton.next_power_of_2(shares)), WARPS=launch.warps, BINS=BINS, num_warps=launch.warps,
-        # So many programs of the largest block fit as of the smaller one.
-        maxnreg=128 if launch.warps == 1 and padded == 32 and heads == 8 else None,
-        **overlap(codes.device),
+        CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1, STAGES=2, AHEAD=ahead,
+        WARPS=launch.warps, BINS=BINS, num_warps=launch.warps, maxnreg=limit, **overlap(codes.device),
     )  # fmt: skip
     return masses
 
@@ -302,7 +303,7 @@ def _score(
         kept += row * entries
     elif EARLY:
         # Codes are there already: they come nearer while the queries are turned.
-        line = begin * TOKENS * STRIDE + tl.arange(0, AHEAD * TOKENS * STRIDE // 128) * 128
+        line = begin * TOKENS * STRIDE + tl.arange(0, AHEAD) * 128
         _fetch(codes + tl.minimum(line, groups * GROUP * STRIDE - 1))
     follow(EARLY)
     if tl.program_id(0) == 0:

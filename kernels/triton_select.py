@@ -57,9 +57,12 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
     votes = torch.empty(rows, groups, dtype=torch.float32, **kind)
     bins = masses.bins
     parts = masses.sums.shape[2]
-    _vote[(triton.cdiv(masses.blocks, together), rows)](
+    tiles = triton.cdiv(masses.blocks, together)
+    # Each program reads the sums of all parts: of many tiles it takes several.
+    shares = triton.cdiv(tiles * rows, launch.programs)
+    _vote[(triton.cdiv(tiles, shares), rows)](
         masses.mass, masses.sums, masses.peaks, masses.peaks.stride(0), spans, votes, bins, groups,
-        masses.blocks, parts, rows_of_span, float(heads),
+        masses.blocks, parts, rows_of_span, float(heads), shares,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together,
         STEP=max(16, min(2048 // padded, triton.next_power_of_2(parts))), MOST=most,
         GATHERED=_GATHERED and together * masses.block >= 32 * launch.warps, BINS=BINS, SHIFT=SHIFT,
@@ -127,9 +130,9 @@ def select_groups(
     return chosen
 
 
-@triton.jit(do_not_specialize=["groups", "blocks", "parts", "rows_of_span", "peak_row"])
+@triton.jit(do_not_specialize=["groups", "blocks", "parts", "rows_of_span", "peak_row", "shares"])
 def _vote(
-    mass, sums, peaks, peak_row, spans, votes, bins, groups, blocks, parts, rows_of_span, largest,
+    mass, sums, peaks, peak_row, spans, votes, bins, groups, blocks, parts, rows_of_span, largest, shares,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, GATHERED: tl.constexpr,
     BINS: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr,
@@ -140,14 +143,7 @@ def _vote(
     first, end, count = tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
     head = tl.arange(0, PADDED_HEADS)
     used = head[None, :] < HEADS
-    block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
-    group = tl.program_id(0) * TOGETHER * BLOCK + tl.arange(0, TOGETHER * BLOCK)
-    wanted = used & (group[:, None] < groups)
-    of_group = mass + (row * groups + group[:, None]) * PADDED_HEADS
-    given = tl.load(of_group + head[None, :], mask=wanted, other=0.0)
     of_row = sums + row * 2 * parts * PADDED_HEADS
-    at = peaks + row * peak_row + block[:, None] * PADDED_HEADS + head[None, :]
-    own = tl.load(at, mask=used & (block[:, None] < blocks), other=float("-inf"))
     best = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
     whole = tl.zeros([PADDED_HEADS], tl.float32)
     begin = 0
@@ -163,27 +159,36 @@ def _vote(
         best = most
         begin += STEP
     base = tl.where(best == float("-inf"), 0.0, best)
-    share = tl.exp(own - base[None, :]) / tl.where(whole > 0, whole, 1.0)[None, :]
-    share = tl.reshape(
-        tl.broadcast_to(share[:, None, :], [TOGETHER, BLOCK, PADDED_HEADS]), [TOGETHER * BLOCK, PADDED_HEADS]
-    )
-    broken = tl.max((given == float("inf")).to(tl.int32), 1) > 0
-    part = tl.where(given == float("inf"), 0.0, given) * share
-    vote = tl.max(part, 1) if MOST else tl.sum(part, 1)
-    vote = tl.where(broken, float("inf"), vote)
-    vote = tl.where((group >= first) & (group < end), vote, -1.0)
-    vote = tl.where(group < groups, vote, -1.0)
-    tl.store(votes + row * groups + group, vote, mask=group < groups)
-    bin = bin_of(vote.to(tl.int32, bitcast=True), count, largest, BINS, SHIFT)
-    bin = tl.where(vote >= 0, bin, BINS)
+    scale = 1 / tl.where(whole > 0, whole, 1.0)
     bins += row * BINS
-    if GATHERED:
-        # A histogram counts each thread's copy: after a gather no two threads have the same votes.
-        bin = tl.gather(bin, tl.arange(0, TOGETHER * BLOCK), 0)
-        number = tl.histogram(bin, BINS, mask=bin < BINS)
-        tl.atomic_add(bins + tl.arange(0, BINS), number, mask=number > 0, sem="relaxed")
-    else:
-        tl.atomic_add(bins + bin, 1, mask=bin < BINS, sem="relaxed")
+    share = 0
+    while share < shares:
+        tile = tl.program_id(0) * shares + share
+        block = tile * TOGETHER + tl.arange(0, TOGETHER)
+        group = tile * TOGETHER * BLOCK + tl.arange(0, TOGETHER * BLOCK)
+        at = mass + (row * groups + group[:, None]) * PADDED_HEADS + head[None, :]
+        given = tl.load(at, mask=used & (group[:, None] < groups), other=0.0)
+        at = peaks + row * peak_row + block[:, None] * PADDED_HEADS + head[None, :]
+        own = tl.load(at, mask=used & (block[:, None] < blocks), other=float("-inf"))
+        of_block = tl.exp(own - base[None, :]) * scale[None, :]
+        of_block = tl.broadcast_to(of_block[:, None, :], [TOGETHER, BLOCK, PADDED_HEADS])
+        broken = tl.max((given == float("inf")).to(tl.int32), 1) > 0
+        part = tl.where(given == float("inf"), 0.0, given)
+        part *= tl.reshape(of_block, [TOGETHER * BLOCK, PADDED_HEADS])
+        vote = tl.max(part, 1) if MOST else tl.sum(part, 1)
+        vote = tl.where(broken, float("inf"), vote)
+        vote = tl.where((group >= first) & (group < end) & (group < groups), vote, -1.0)
+        tl.store(votes + row * groups + group, vote, mask=group < groups)
+        bin = bin_of(vote.to(tl.int32, bitcast=True), count, largest, BINS, SHIFT)
+        bin = tl.where(vote >= 0, bin, BINS)
+        if GATHERED:
+            # A histogram counts each thread's copy: after a gather no two threads have the same votes.
+            bin = tl.gather(bin, tl.arange(0, TOGETHER * BLOCK), 0)
+            number = tl.histogram(bin, BINS, mask=bin < BINS)
+            tl.atomic_add(bins + tl.arange(0, BINS), number, mask=number > 0, sem="relaxed")
+        else:
+            tl.atomic_add(bins + bin, 1, mask=bin < BINS, sem="relaxed")
+        share += 1
 
 
 @triton.jit
@@ -335,9 +340,7 @@ def _list(
         above += both & 0xFFFF
         equal = both >> 16
     else:
-        least, all_above, above, equal = _search(
-            votes, groups, edge, count, begin, largest, SPLITS * ROOM, BINS, SHIFT
-        )
+        least, all_above, above, equal = _search(votes, groups, count, begin, 2048)
     left = count - all_above
     if names is not None:
         names += row * groups
@@ -356,37 +359,33 @@ def _list(
 
 
 @triton.jit
-def _search(
-    votes, groups, edge, count, begin, largest, STEP: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr
-):
-    """Do by all votes what `_list` does by the rivals' where there is room for them."""
+def _search(votes, groups, count, begin, STEP: tl.constexpr):
+    """Do by all votes what `_list` does by the rivals' where there is room for them: 8 bits at a time."""
     place = tl.arange(0, STEP)
-    # Bits that no two rivals differ in need no look: there may be many that are equal.
-    low = 0x7FFFFFFF
-    high = 0
-    at = 0
-    while at < groups:
-        vote = tl.load(votes + at + place, mask=at + place < groups, other=-1.0)
-        key = vote.to(tl.int32, bitcast=True)
-        rival = (vote >= 0) & (bin_of(key, count, largest, BINS, SHIFT) == edge)
-        low = tl.minimum(low, tl.min(tl.where(rival, key, 0x7FFFFFFF), 0))
-        high = tl.maximum(high, tl.max(tl.where(rival, key, 0), 0))
-        at += STEP
-    bit = 30
-    while (bit >= 0) & (((low ^ high) >> bit) == 0):
-        bit -= 1
-    least = (low >> (bit + 1)) << (bit + 1)
-    enough = -1
-    while (bit >= 0) & (enough != count):
-        candidate = least | (1 << bit)
-        enough = 0
+    digit = tl.arange(0, 256)
+    least = 0
+    # So many votes have the bits found so far, or are above them.
+    left = count
+    known = 31
+    while known > 0:
+        shift = tl.maximum(known - 8, 0)
+        number = tl.zeros([256], tl.int32)
         at = 0
         while at < groups:
             vote = tl.load(votes + at + place, mask=at + place < groups, other=-1.0)
-            enough += tl.sum((vote.to(tl.int32, bitcast=True) >= candidate).to(tl.int32), 0)
+            key = vote.to(tl.int32, bitcast=True)
+            same = (vote >= 0) & (((key ^ least) >> known) == 0)
+            own = tl.where(same, (key >> shift) & ((1 << (known - shift)) - 1), 256)
+            # A histogram counts each thread's copy: after a gather no two threads have the same votes.
+            own = tl.gather(own, place, 0)
+            number += tl.histogram(own, 256, mask=own < 256)
             at += STEP
-        least = tl.where(enough >= count, candidate, least)
-        bit -= 1
+        # Votes with this digit or a greater one, greatest first.
+        reached = tl.sum(number, 0) - tl.cumsum(number, 0) + number
+        found = tl.max(tl.where(reached >= left, digit, 0), 0)
+        left -= tl.sum(tl.where(digit > found, number, 0), 0)
+        least |= found << shift
+        known = shift
     all_above = 0
     above = 0
     equal = 0
