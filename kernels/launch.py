@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     heads: int
     """Query heads of a KV head; 0 where they do not matter."""
     dim: int
-    """Channels; 0 where they do not matter."""
+    """Channels, or bytes of a key's codes; 0 where they do not matter."""
 
     def text(self) -> str:
         """Return the name of the class in a table."""
@@ -152,7 +152,7 @@ class Select(Launch):
             return cls(warps=2 ** min(max(shape.size - (10 if shape.rows >= 132 else 9), 0), 4))
         if shape.size <= 15:
             return cls(2**10, 512, 2**11, 4)
-        return cls(2**10, 2 ** min(shape.size - 6, 12), 2 ** min(shape.size - 4, 14), 8)
+        return cls(2**10, 2 ** min(shape.size - 6, 11), 2 ** min(shape.size - 4, 13), 8)
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,11 @@ class Attend(Launch):
     programs: int = _among(264, (132, 264, 528), (33, 66, 1056))
     """About so many in all: as many as keep the memory channels of a large GPU busy."""
     warps: int = _warps(4, 4, 8)
+
+    @classmethod
+    def default(cls, shape: Shape) -> Self:
+        """Return more programs where each has several tiles."""
+        return cls(programs=528 if shape.rows << shape.size > 2**16 else 264)
 
 
 @dataclass(frozen=True)

@@ -57,25 +57,27 @@ def test_a_class_holds_sizes_up_to_a_power_of_two(size, log):
 
 def test_without_a_table_the_defaults_hold():
     assert launch_parameters(Score, CUDA, SHAPE) == Score()
-    assert launch_parameters(Score, CUDA, shape_of(2**18, 4, 8, 128)) == Score(512, 264, 8)
-    assert launch_parameters(Score, CUDA, shape_of(2**16, 32, 8, 128)) == Score(512, 264, 8)
-    assert launch_parameters(Score, CUDA, shape_of(2**20, 4, 64, 128)) == Score(256, 264, 8)
-    assert launch_parameters(Vote, CUDA, shape_of(9, 4, 8)) == Vote(512, 4)
-    assert launch_parameters(Vote, CUDA, shape_of(9, 4, 64)) == Vote(64, 4)
-    assert launch_parameters(Select, CUDA, shape_of(9, 4)) == Select(2**14, 512, 2**11, 1)
-    assert launch_parameters(Attend, CUDA, SHAPE) == Attend(64, 264, 4)
+    assert launch_parameters(Score, CUDA, shape_of(2**18, 4, 8, 32)) == Score(128, 2112, 1)
+    assert launch_parameters(Score, CUDA, shape_of(2**16, 32, 8, 32)) == Score(128, 2112, 1)
+    assert launch_parameters(Vote, CUDA, shape_of(9, 4, 8)) == Vote(256, 528, 4)
+    assert launch_parameters(Vote, CUDA, shape_of(9, 4, 64)) == Vote(64, 528, 4)
+    assert launch_parameters(Select, CUDA, shape_of(9, 4)) == Select(2**10, 512, 2**11, 4)
+    assert launch_parameters(Select, CUDA, shape_of(2**18, 4)) == Select(2**10, 2**11, 2**13, 8)
+    assert launch_parameters(Select, CUDA, shape_of(2**14, 4096)) == Select(2**14, 512, 2**11, 16)
+    assert launch_parameters(Attend, CUDA, shape_of(2048, 4, 8, 128)) == Attend(64, 264, 4)
+    assert launch_parameters(Attend, CUDA, shape_of(2048, 64, 8, 128)) == Attend(64, 528, 4)
     assert launch_parameters(Turn, CUDA, SHAPE) == Turn(32, 4)
     for new, dim, tokens in ((16, 128, 16), (17, 128, 64), (4096, 256, 32), (4096, 20, 64)):
         assert launch_parameters(Encode, CUDA, shape_of(new, 4, 0, dim)).tokens == tokens
 
 
 def test_a_table_comes_back_and_is_used_for_its_shapes_alone():
-    table = {"score": {SHAPE.text(): Score(1024, 528, 8)}, "turn": {SHAPE.text(): Turn(16, 2)}}
+    table = {"score": {SHAPE.text(): Score(256, 528, 2)}, "turn": {SHAPE.text(): Turn(16, 2)}}
     save_table(table_path(GPU), GPU, table)
     assert load_table(table_path(GPU), GPU) == table
-    assert launch_parameters(Score, CUDA, SHAPE) == Score(1024, 528, 8)
-    assert launch_parameters(Score, CUDA, shape_of(65537, 4, 8, 128)) == Score(512, 264, 8)
-    assert launch_parameters(Attend, CUDA, SHAPE) == Attend()
+    assert launch_parameters(Score, CUDA, SHAPE) == Score(256, 528, 2)
+    assert launch_parameters(Score, CUDA, shape_of(65537, 4, 8, 128)) == Score()
+    assert launch_parameters(Attend, CUDA, SHAPE) == Attend(programs=528)
     assert launch_parameters(Score, CPU, SHAPE) == Score(), "the interpreter goes by the defaults"
 
 
@@ -104,7 +106,7 @@ def test_candidates_and_defaults_may_all_stand_in_a_table(kernel):
 
 
 def document() -> dict:
-    save_table(table_path(GPU), GPU, {"score": {SHAPE.text(): Score(1024, 528, 8)}})
+    save_table(table_path(GPU), GPU, {"score": {SHAPE.text(): Score(256, 528, 2)}})
     return json.loads(table_path(GPU).read_text())
 
 
