@@ -106,14 +106,15 @@ class Score(Launch):
 
     tokens: int = _among(64, (64, 128), (16, 32, 256, 512))
     """Of a block."""
-    programs: int = _among(2112, (1056, 2112), (4, 132, 264, 528, 4224))
+    programs: int = _among(1584, (1056, 1584, 2112), (4, 132, 264, 528, 4224))
     """At most about so many in all: each sums its blocks up, and all votes read the sums."""
     warps: int = _warps(1, 1, 2)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
-        """Return smaller blocks where there are too few to keep a large GPU busy."""
-        return cls(128 if shape.rows << shape.size > 2**19 else 64)
+        """Return smaller blocks where there are too few to keep a large GPU busy, and fewer sums of them."""
+        size = shape.rows << shape.size
+        return cls(128 if size > 2**19 else 64, 2112 if size > 2**18 else 1584)
 
 
 @dataclass(frozen=True)
@@ -159,16 +160,16 @@ class Select(Launch):
 class Attend(Launch):
     """Of `triton_attend.attend_listed`."""
 
-    tokens: int = _among(64, (32, 64, 128), (16, 256))
+    tokens: int = _among(32, (32, 64, 128), (16, 256))
     """Of a tile."""
-    programs: int = _among(264, (132, 264, 528), (33, 66, 1056))
+    programs: int = _among(528, (132, 264, 528), (33, 66, 1056))
     """About so many in all: as many as keep the memory channels of a large GPU busy."""
     warps: int = _warps(4, 4, 8)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
-        """Return more programs where each has several tiles."""
-        return cls(programs=528 if shape.rows << shape.size > 2**16 else 264)
+        """Return larger tiles where there are many."""
+        return cls(64 if shape.rows << shape.size > 2**16 else 32)
 
 
 @dataclass(frozen=True)

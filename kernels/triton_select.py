@@ -18,8 +18,6 @@ __all__ = ["Votes", "select_groups", "votes_of"]
 # About so many programs in all look through the groups.
 _PROGRAMS = 264
 _MOST_PART = 2**12
-# Whether a program counts its votes before it adds to what others count.
-_GATHERED = True
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
         masses.blocks, parts, rows_of_span, float(heads), shares,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together,
         STEP=max(16, min(2048 // padded, triton.next_power_of_2(parts))), MOST=most,
-        GATHERED=_GATHERED and together * masses.block >= 32 * launch.warps, BINS=BINS, SHIFT=SHIFT,
+        GATHERED=together * masses.block >= 32 * launch.warps, BINS=BINS, SHIFT=SHIFT,
         num_warps=launch.warps, **overlap(masses.mass.device),
     )  # fmt: skip
     return Votes(votes, bins, float(heads))
@@ -137,10 +135,11 @@ def _vote(
     TOGETHER: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, GATHERED: tl.constexpr,
     BINS: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
+    # What was there before the kernel that scores needs no wait.
     first, end, count = tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
+    follow(EARLY)
     head = tl.arange(0, PADDED_HEADS)
     used = head[None, :] < HEADS
     of_row = sums + row * 2 * parts * PADDED_HEADS
@@ -247,10 +246,10 @@ def _whole(
     SPAN: tl.constexpr, HELD: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Do the whole selection of a row in registers."""
-    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
     sinks, count = tl.load(span + 1) - tl.load(span), tl.load(span + 3)
+    follow(EARLY)
     group = tl.arange(0, HELD)
     vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
     # Votes are not negative, and their bits are ordered as they are; others have the sign bit.
@@ -276,10 +275,10 @@ def _keep(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """Count the groups of a program's parts above the threshold's bin, and keep the votes of those in it."""
-    follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     split, splits = tl.program_id(0), tl.num_programs(0)
     count = tl.load(spans + row // rows_of_span * SPAN + 3)
+    follow(EARLY)
     edge = threshold_bin(bins + row * BINS, count, BINS)
     to = rivals + (row * splits + split) * ROOM
     above = 0
@@ -313,11 +312,11 @@ def _list(
     SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """List the chosen groups of a program's parts: where, follows from what was found in those before."""
-    follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     split, splits = tl.program_id(0), tl.num_programs(0)
     span = spans + row // rows_of_span * SPAN
     sinks, count = tl.load(span + 1) - tl.load(span), tl.load(span + 3)
+    follow(EARLY)
     votes += row * groups
     found += row * 3 * splits
     begin = split * shares * PART

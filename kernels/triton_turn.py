@@ -65,6 +65,8 @@ def _turn(
     channel = tl.arange(0, PADDED)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     used = (head[:, None] < HEADS) & (channel[None, :] < DIM)
+    inside = (channel[:, None] < DIM) & (column[None, :] < DIM)
+    rotate = tl.load(matrix + channel[:, None] * DIM + column[None, :], mask=inside, other=0.0)
     follow(EARLY)
     given = tl.load(query + (row * HEADS + head[:, None]) * DIM + channel[None, :], mask=used, other=0.0)
     given = given.to(tl.float32)
@@ -75,8 +77,6 @@ def _turn(
     length = tl.sqrt(tl.sum(given * given, 1))
     # A query that is not a number has a length that is none.
     length = tl.where(length == 0, 1.0, length)
-    inside = (channel[:, None] < DIM) & (column[None, :] < DIM)
-    rotate = tl.load(matrix + channel[:, None] * DIM + column[None, :], mask=inside, other=0.0)
     exact = tl.dot(given / length[:, None], rotate, input_precision="tf32x3") * 127.0
     high = tl.floor(exact + 0.5)
     low = tl.floor((exact - high) * 254.0 + 0.5)

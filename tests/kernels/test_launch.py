@@ -64,7 +64,7 @@ def test_without_a_table_the_defaults_hold():
     assert launch_parameters(Select, CUDA, shape_of(9, 4)) == Select(2**10, 512, 2**11, 4)
     assert launch_parameters(Select, CUDA, shape_of(2**18, 4)) == Select(2**10, 2**11, 2**13, 8)
     assert launch_parameters(Select, CUDA, shape_of(2**14, 4096)) == Select(2**14, 512, 2**11, 16)
-    assert launch_parameters(Attend, CUDA, shape_of(2048, 4, 8, 128)) == Attend(64, 264, 4)
+    assert launch_parameters(Attend, CUDA, shape_of(2048, 4, 8, 128)) == Attend(32, 528, 4)
     assert launch_parameters(Attend, CUDA, shape_of(2048, 64, 8, 128)) == Attend(64, 528, 4)
     assert launch_parameters(Turn, CUDA, SHAPE) == Turn(32, 4)
     for new, dim, tokens in ((16, 128, 16), (17, 128, 64), (4096, 256, 32), (4096, 20, 64)):
@@ -77,7 +77,7 @@ def test_a_table_comes_back_and_is_used_for_its_shapes_alone():
     assert load_table(table_path(GPU), GPU) == table
     assert launch_parameters(Score, CUDA, SHAPE) == Score(256, 528, 2)
     assert launch_parameters(Score, CUDA, shape_of(65537, 4, 8, 128)) == Score()
-    assert launch_parameters(Attend, CUDA, SHAPE) == Attend(programs=528)
+    assert launch_parameters(Attend, CUDA, SHAPE) == Attend(64)
     assert launch_parameters(Score, CPU, SHAPE) == Score(), "the interpreter goes by the defaults"
 
 
