@@ -150,9 +150,10 @@ def _canonical(value: Any) -> Any:
 def _check_offload(profile: Profile) -> None:
     """Refuse settings that nothing serves, rather than ignore them."""
     offload = profile.offload
-    if offload.hot_cache is not None:
+    if offload.hot_cache is not None and offload.home != "host":
         raise ProfileError(
-            "offload.hot_cache is not available in this version, expected null (offload.hot_cache)"
+            f"offload.hot_cache keeps copies of K/V that lie in host RAM, got {offload.hot_cache} with "
+            f"offload.tier {offload.home!r}, expected tier 'host' (offload.tier) or null (offload.hot_cache)"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
+from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.tail import TailSummary
@@ -216,6 +217,7 @@ def decode_step(
     parts: Tensor | None = None,
     tail: TailSummary | None = None,
     fetch: Callable[[Tensor], Tensor] | None = None,
+    hot: HotCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Route one query a head by summaries and attend to what it is routed to.
 
@@ -249,6 +251,8 @@ def decode_step(
     fetch : callable or None
         Returns copies ``[n, rows, page]`` of ``[rows, n]`` groups on the GPU, where there are no `pages`;
         this waits for the GPU.
+    hot : HotCache or None
+        Slots for pages that lie in pinned memory.
 
     Returns
     -------
@@ -274,9 +278,13 @@ def decode_step(
     if pages is None:
         assert fetch is not None  # one of the two is given
         pages, slots = _fetched(chosen, spans, -(-length // routing.group_size), fetch)
+    near = None
+    if hot is not None:
+        entries = hot.place(chosen, table, length, routing.group_size, shared)
+        near = hot.pool, entries
     out = attend_listed(
         pages, chosen, table, query, logits, length=length, group_size=routing.group_size, scale=scale,
-        softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads, slots=slots, tail=estimate,
+        softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads, slots=slots, tail=estimate, hot=near,
     )  # fmt: skip
     return out, chosen
 

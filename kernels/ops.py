@@ -288,7 +288,7 @@ def attention(
 class _Whole:
     """K/V that lie in two tensors, as `routed.KeyValues`."""
 
-    host_pages = gpu_pages = None
+    host_pages = gpu_pages = hot = None
     paged = False
 
     def __init__(self, key: Tensor, value: Tensor) -> None:

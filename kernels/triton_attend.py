@@ -32,6 +32,7 @@ def attend_listed(
     kv_heads: int,
     slots: Tensor | None = None,
     tail: TailShares | None = None,
+    hot: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend to the tokens of listed groups, read where they lie: in GPU memory or in pinned host memory.
 
@@ -63,6 +64,10 @@ def attend_listed(
         Estimate of all chunks, from which the listed tokens are taken out (see `tail`); it goes with neither
         soft-cap nor sinks.
 
+    hot : tuple of Tensor or None
+        A pool ``[rows, slots, page]`` and ``[rows, width]`` int32: where in it listed groups are, or are put
+        as they are read from `pages` (see `triton_hot.place_groups`).
+
     Returns
     -------
     Tensor
@@ -88,11 +93,12 @@ def attend_listed(
         mean, shifts, rest, rest_totals = tail.mean, tail.shifts, partial[1], stats[2]
         chunks, chunk_size = tail.chunks, tail.chunk_size
         values, peaks, totals, tail_splits = tail.values, tail.stats[0], tail.stats[1], tail.values.shape[2]
+    pool, entries = (None, None) if hot is None else hot
     exact, early = query.dtype == torch.float32, overlap(query.device)
     _attend[(splits, rows)](
         pages, chosen, spans, query, partial[0], stats[0], stats[1], chosen.shape[1], length, scale, softcap,
         rows, splits, shares, rows_of_span, slots, 0 if slots is None else slots.stride(0),
-        mean, shifts, rest, rest_totals, chunks,
+        mean, shifts, rest, rest_totals, chunks, pool, 0 if pool is None else pool.stride(0), entries,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
         GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, TAIL=chunk_size,
@@ -113,7 +119,7 @@ def attend_listed(
 @triton.jit
 def _tile(
     tile, peak, total, result, left_total, left, pages, chosen, asked, middle, row, width, listed, length,
-    start, scale, softcap, rows, slots, slot_row, shifts, chunks,
+    start, scale, softcap, rows, slots, slot_row, shifts, chunks, pool, pool_row, entries,
     HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr, TAIL: tl.constexpr,
@@ -128,7 +134,13 @@ def _tile(
     group = tl.load(chosen + row * width + place, mask=place < listed, other=0)
     token = group * GROUP + inside
     real = (place < listed) & (token < length) & (token >= start)
-    if slots is None:
+    if pool is not None:
+        page = pages + (group.to(tl.int64) * rows + row) * PAGE
+        slot = tl.load(entries + row * width + place, mask=place < listed, other=-1)
+        put = slot < -1
+        near = pool + row * pool_row + tl.where(put, -2 - slot, slot).to(tl.int64) * PAGE
+        page = tl.where(slot >= 0, near, page)
+    elif slots is None:
         page = pages + (group.to(tl.int64) * rows + row) * PAGE
     else:
         slot = tl.load(slots + row * slot_row + group, mask=real, other=0)
@@ -137,6 +149,12 @@ def _tile(
     key = tl.load(keys, mask=real[:, None] & (channel[None, :] < DIM), other=0.0)
     values = page[:, None] + GROUP * DIM + inside[:, None] * V_DIM + v_channel[None, :]
     value = tl.load(values, mask=real[:, None] & (v_channel[None, :] < V_DIM), other=0.0)
+    if pool is not None:
+        # A group is on one list once: nobody else reads its slot now.
+        to = near[:, None] + inside[:, None] * DIM + channel[None, :]
+        tl.store(to, key, mask=put[:, None] & (channel[None, :] < DIM))
+        to = near[:, None] + GROUP * DIM + inside[:, None] * V_DIM + v_channel[None, :]
+        tl.store(to, value, mask=put[:, None] & (v_channel[None, :] < V_DIM))
     score = tl.dot(asked, tl.trans(key), input_precision="ieee") * scale
     if SOFTCAP:
         # tanh by exp: exact enough, and defined for every score.
@@ -174,7 +192,7 @@ def _tile(
 )
 def _attend(
     pages, chosen, spans, query, partial, peaks, totals, width, length, scale, softcap, rows, splits, shares,
-    rows_of_span, slots, slot_row, mean, shifts, rest, rest_totals, chunks,
+    rows_of_span, slots, slot_row, mean, shifts, rest, rest_totals, chunks, pool, pool_row, entries,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, TAIL: tl.constexpr,
@@ -208,6 +226,7 @@ def _attend(
             peak, total, result, left_total, left = _tile(
                 split * shares + share, peak, total, result, left_total, left, pages, chosen, asked, middle,
                 row, width, listed, length, start, scale, softcap, rows, slots, slot_row, shifts, chunks,
+                pool, pool_row, entries,
                 HEADS, DIM, V_DIM, PADDED, V_PADDED, GROUP, TOKENS, SOFTCAP, EXACT, TAIL,
             )  # fmt: skip
     else:
@@ -216,6 +235,7 @@ def _attend(
             peak, total, result, left_total, left = _tile(
                 split * shares + share, peak, total, result, left_total, left, pages, chosen, asked, middle,
                 row, width, listed, length, start, scale, softcap, rows, slots, slot_row, shifts, chunks,
+                pool, pool_row, entries,
                 HEADS, DIM, V_DIM, PADDED, V_PADDED, GROUP, TOKENS, SOFTCAP, EXACT, TAIL,
             )  # fmt: skip
             share += 1

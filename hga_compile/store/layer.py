@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.attend import attend_window
+from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.index import LayerIndex, MeanQuery
 from hga_compile.kernels.routed import routed_attention
 from hga_compile.kernels.scoring import PLAIN, Scoring
@@ -336,6 +337,10 @@ class _Joined:
     @property
     def gpu_pages(self) -> Tensor | None:
         return self.pages.gpu_pages
+
+    @property
+    def hot(self) -> HotCache | None:
+        return self.pages.hot
 
     @property
     def row_bytes(self) -> int:

@@ -122,6 +122,10 @@ class NvmePages:
     def gpu_pages(self) -> None:
         """None: pages are fetched before a kernel reads them."""
 
+    @property
+    def hot(self) -> None:
+        """None: pages are kept in host RAM instead."""
+
     def reserve(self, tokens: int) -> None:
         """Set room on the file aside for `tokens` tokens.
 

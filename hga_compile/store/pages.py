@@ -8,6 +8,7 @@ from torch import Tensor
 from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.dispatch import triton_serves
 from hga_compile.kernels.gpu import load_rows, store_rows
+from hga_compile.kernels.hot import HotCache
 from hga_compile.store.errors import StoreFullError
 from hga_compile.store.host_memory import Lease, available_bytes
 from hga_compile.store.host_range import HostRange
@@ -62,6 +63,7 @@ class Pages:
         self.place = Offload() if place is None else place
         self._in_flight = False
         """Whether kernels may still be at work on pages in host memory."""
+        self._hot: HotCache | None = None
         self._lease = Lease(self.place.host_budget)
         self._pinned = home.type == "cpu" and compute.type == "cuda"
         # Memory that a GPU reads grows by a copy; what the CPU alone reads grows in place.
@@ -81,6 +83,9 @@ class Pages:
         self._settle()
         if self.place.poison:
             _poison(self.buffer)
+            if self._hot is not None:
+                _poison(self._hot.pool)
+        self._hot = None
         self.buffer = self.buffer[:0].clone()
         self._range = None
         self._lease.resize(0)
@@ -112,6 +117,7 @@ class Pages:
 
     def truncate(self, length: int) -> None:
         """Give up tokens from number `length` on, and host RAM that they took; see also `offload.poison`."""
+        self._forget(length)
         kept = -(-length // self.group_size)
         reserved = -(-(self.place.reserve_tokens or 0) // self.group_size)
         if self._range is not None and len(self.buffer) > max(2 * kept + 64, reserved):
@@ -125,6 +131,7 @@ class Pages:
     def write(self, key: Tensor, value: Tensor, begin: int) -> None:
         """Store ``[rows, n, dim]`` keys and values as tokens ``begin, begin + 1, ...``."""
         self.reserve(begin + key.shape[1])
+        self._forget(begin)
         if self._triton and key.shape[1] <= _FEW:
             store_rows(self.buffer, key, value, begin, self.group_size)
             self._in_flight = self.home.type == "cpu"
@@ -189,6 +196,19 @@ class Pages:
         self._in_flight = self.home.type == "cpu"
         return self.buffer
 
+    @property
+    def hot(self) -> HotCache | None:
+        """Slots on the GPU that kernels keep copies of listed pages in (`offload.hot_cache`)."""
+        if self._hot is None and self.place.hot_cache is not None and self._pinned and self._triton:
+            share, page = self.place.hot_cache, self.buffer.shape[2]
+            self._hot = HotCache(self.rows, page, share, self.dtype, self.compute)
+        return self._hot
+
+    def _forget(self, length: int) -> None:
+        """Have no copies of groups with tokens from number `length` on."""
+        if self._hot is not None:
+            self._hot.forget(length // self.group_size, self.place.poison)
+
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows` (int64 indices)."""
         other = self._like(len(rows))
@@ -223,7 +243,9 @@ class Pages:
 
     def held(self) -> Held:
         """Return the bytes allocated, by place."""
-        return Held(host=self.buffer.nbytes) if self.home.type == "cpu" else Held(self.buffer.nbytes)
+        if self.home.type != "cpu":
+            return Held(self.buffer.nbytes)
+        return Held(0 if self._hot is None else self._hot.nbytes(), host=self.buffer.nbytes)
 
     def _runs(self, begin: int, end: int) -> Iterator[tuple[slice, slice, slice]]:
         """Cut ``begin <= token < end`` into part of a group, whole groups, and part of a group.

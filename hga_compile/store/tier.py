@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.profile import Kernels
+from hga_compile.kernels.hot import HotCache
 
 __all__ = ["Held", "Home", "Tier"]
 
@@ -73,6 +74,10 @@ class Tier(Protocol):
     @property
     def gpu_pages(self) -> Tensor | None:
         """Pages ``[groups, rows, page]`` that kernels for the GPU can read in place; None without."""
+
+    @property
+    def hot(self) -> HotCache | None:
+        """Slots on the GPU for pages in pinned host memory (`offload.hot_cache`); None without."""
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows` (int64 indices)."""
