@@ -17,7 +17,7 @@ from hga_compile.kernels.states import STATES
 from hga_compile.store import LayerStore
 from hga_compile.store.errors import SnapshotError
 from hga_compile.store.recent import Recent
-from hga_compile.store.snapshot import Entry, SnapshotReader, SnapshotWriter
+from hga_compile.store.snapshot import DTYPES, Entry, SnapshotReader, SnapshotWriter
 from hga_compile.store.storage_io import StorageIO
 
 __all__ = ["load_layers", "save_layers"]
@@ -76,6 +76,8 @@ def save_layers(cache: Any, path: str, config: Any, model: str | None, io: Stora
                 f"layer {number} must keep its K/V in a store to be saved, got {type(layer).__name__} "
                 f"{'without one' if hasattr(layer, 'handle') else ''}; run the model on the HGACache first"
             )
+        if layer.dtype not in DTYPES.values():
+            raise SnapshotError(f"K/V must be of a common floating-point type to be saved, got {layer.dtype}")
         state = layer.state
         batch, heads, dim, v_dim = layer.sizes
         window = state.recent is not None
@@ -237,7 +239,11 @@ def _checked(reader: SnapshotReader, cache: Any, config: Any, model: str | None)
         if facts["key"].get(name) != value:
             raise _refused(reader.path, name, facts["key"].get(name), value, knobs.get(name, "config"))
     for number, (about, layer) in enumerate(zip(layers, cache.layers, strict=True)):
-        sliding = bool(layer.slides)
+        sliding = getattr(layer, "slides", None)
+        if sliding is None:
+            raise _refused(
+                reader.path, f"kind of layer {number}", about["kind"], type(layer).__name__, "config"
+            )
         window = about["window"] if about["kind"] == "window" else None
         if window is not None and (not sliding or layer.sliding_window != window):
             raise _refused(reader.path, f"window of layer {number}", window, None, "config")

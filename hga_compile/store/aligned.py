@@ -10,6 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hga_compile.store.errors import StoreFullError
+from hga_compile.store.host_memory import available_bytes
+
 __all__ = ["AlignedPages"]
 
 
@@ -26,12 +29,20 @@ class AlignedPages:
     ----------
     count, page_bytes : int
         Number and size of the pages.
+
+    Raises
+    ------
+    StoreFullError
+        The system has no such range.
     """
 
     def __init__(self, count: int, page_bytes: int) -> None:
         self.count, self.page_bytes = count, page_bytes
         size = max(1, count * page_bytes)
-        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        try:
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        except OSError as error:
+            raise StoreFullError("host RAM is full", size, available_bytes(), "offload.nvme_cache") from error
         self._view = memoryview(self._memory)
 
     def view(self, number: int) -> memoryview:

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hga_compile.store.errors import StoreFullError
+from hga_compile.store.host_memory import available_bytes
+
 __all__ = ["HostRange"]
 
 
@@ -25,8 +28,8 @@ class HostRange:
 
         Raises
         ------
-        MemoryError
-            The system has no such range.
+        StoreFullError
+            The system has no such range; the bytes are as they were.
         """
         if size == 0:
             self._memory, self.bytes = None, self.bytes[:0].clone()
@@ -43,7 +46,9 @@ class HostRange:
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise MemoryError(f"the system has no range of {size} bytes") from error
+            raise StoreFullError(
+                "host RAM is full", size, available_bytes(), "offload.host_budget"
+            ) from error
         larger = _over(memory, size)
         larger[:kept] = self.bytes[:kept]
         self._memory, self.bytes = memory, larger

@@ -24,7 +24,7 @@ from torch import Tensor
 from hga_compile.store.errors import SnapshotError, StoreFullError, StoreIOError
 from hga_compile.store.storage_io import StorageIO
 
-__all__ = ["Entry", "SnapshotReader", "SnapshotWriter"]
+__all__ = ["DTYPES", "Entry", "SnapshotReader", "SnapshotWriter"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,6 +33,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
 }
+"""Types that a file holds, by their names in it."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Bytes = NDArray[np.uint8]
 _LENGTH = struct.Struct("<Q")

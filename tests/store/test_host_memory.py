@@ -120,7 +120,7 @@ def test_a_range_grows_in_place_and_keeps_its_bytes() -> None:
 def test_a_range_that_the_system_does_not_have() -> None:
     memory = HostRange()
     memory.resized(5000, 0)[:] = 3
-    with pytest.raises(MemoryError):
+    with pytest.raises(StoreFullError, match=r"host RAM is full.*offload\.host_budget"):
         memory.resized(2**60, 5000)
     assert torch.equal(memory.bytes[:5000], torch.full((5000,), 3, dtype=torch.uint8))
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from hga_compile.store.aligned import AlignedPages
+from hga_compile.store.errors import StoreFullError
 from hga_compile.store.pool import PagePool, shared_pool
 
 PAGE = 2**15
@@ -110,6 +112,11 @@ def test_a_pool_takes_memory_as_it_needs_it() -> None:
     assert pool._ready == 0
     pool.unpin(pool.take(1))
     assert pool._ready * PAGE == pool._lease.held == 2**24
+
+
+def test_room_that_the_system_does_not_have_is_refused() -> None:
+    with pytest.raises(StoreFullError, match=r"host RAM is full.*offload\.nvme_cache"):
+        AlignedPages(2**45, PAGE)
 
 
 def test_files_with_the_same_settings_share_one() -> None:
