@@ -1,6 +1,7 @@
 import pytest
 import torch
-from metrics import CHUNK, compare, over_documents, token_error
+
+from hga_compile.evaluation.metrics import CHUNK, compare, over_documents, token_error
 
 
 def test_compare_equals_the_definitions_across_chunks():
