@@ -82,7 +82,7 @@ def draw_needles(path: Path, summary: Sequence[Entry], title: str) -> None:
                 [found.get((task, facts, row, mode, depth, length)) for length in lengths] for depth in depths
             ]
             grid = [[float("nan") if c is None else c["exact"]["mean"] for c in line] for line in cells]
-            axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+            axes.imshow(grid, cmap="RdYlGn", vmin=-0.4, vmax=1.4, aspect="auto")
             for y, line in enumerate(cells):
                 for x, cell in enumerate(line):
                     if cell is not None:
@@ -95,9 +95,7 @@ def draw_needles(path: Path, summary: Sequence[Entry], title: str) -> None:
                 axes.set_xlabel("tokens", fontsize=8)
             if column == 0:
                 axes.set_ylabel(f"{task}, {facts}\ndepth" if facts > 1 else f"{task}\ndepth", fontsize=8)
-    figure.text(
-        0.5, 0.005, "green: all exact, red: none; numbers: NLL of the answer, nats", ha="center", fontsize=8
-    )
+    figure.supxlabel("green: all exact, red: none; numbers: NLL of the answer in nats", fontsize=8)
     _save(figure, path)
 
 

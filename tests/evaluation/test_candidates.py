@@ -1,11 +1,18 @@
 import pytest
 import torch
-from candidates import NothingRouted, RoutedCandidate
-from quality import CONTROL, make_rows
-from study import dense_reference, measure
+
+from hga_compile.evaluation.candidates import NothingRouted, RoutedCandidate
+from hga_compile.evaluation.nll import scores_in
+from hga_compile.evaluation.reference import dense_reference, run_mode
+from hga_compile.evaluation.rows import CONTROL, make_rows
 
 SMALL = {"inner": "eager", "routing.dense_below": 32, "routing.centre_tokens": 16}
 FEW = {**SMALL, "budget": 24}
+
+
+def measure(candidate, mode, reference):
+    outcome = run_mode(candidate, mode, reference)
+    return {**scores_in([(120, 160)])(reference, outcome), **vars(outcome.use)}
 
 
 @pytest.fixture
@@ -56,8 +63,36 @@ def test_a_model_that_stays_dense_gives_no_numbers(tiny_model, reference):
 
 
 def test_control_differs_from_the_first_profile_only_in_its_window():
-    rows = make_rows(["default", "paper"], {"inner": "eager"}, control=True)
+    rows = make_rows(["default", "paper"], {"inner": "eager"})
     assert [row.name for row in rows] == [CONTROL, "default", "paper"]
     assert len({row.identity for row in rows}) == 3
     assert rows[0].options["routing.window.fraction"] == 1.0
     assert [row.name for row in make_rows(["default"], {}, control=False)] == ["default"]
+
+
+@pytest.mark.parametrize("steps", [16, 1024])
+def test_steps_of_a_prefill_change_nothing(tiny_model, reference, steps, monkeypatch):
+    monkeypatch.setattr("hga_compile.evaluation.candidates.STEP", steps)
+    told = []
+    candidate = RoutedCandidate(tiny_model, {"profile": "default", **FEW}, told.append, dynamic=True)
+    result = measure(candidate, "all", reference)
+    monkeypatch.setattr("hga_compile.evaluation.candidates.STEP", 1024)
+    plain = measure(RoutedCandidate(tiny_model, {"profile": "default", **FEW}), "all", reference)
+    assert result["kl"] == pytest.approx(plain["kl"], abs=1e-5)
+    assert result["attended"] == plain["attended"]
+    assert sum(told) == 159
+
+
+def test_a_decoded_query_is_routed_by_itself_whatever_the_profile_does_in_prefill():
+    row = make_rows(["default"], {"routing.prefill": "dense", "routing.prefill_tile": 64}, control=False)[0]
+    from hga_compile.configs.loader import resolve_profile
+
+    routing = resolve_profile(row.in_mode("decode")).routing
+    assert (routing.prefill, routing.prefill_tile) == ("routed", 1)
+    routing = resolve_profile(row.in_mode("all")).routing
+    assert (routing.prefill, routing.prefill_tile) == ("routed", 64)
+
+
+def test_two_rows_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"must differ in their names, got default, default \(--profile\)"):
+        make_rows(["default", "default"], {})

@@ -2,26 +2,30 @@ import json
 from dataclasses import replace
 
 import pytest
-import study
 import torch
-from candidates import DenseCandidate, Outcome, Use
-from corpora import Document
-from quality import parse, show
-from rich.console import Console
-from study import Row, Study, dense_reference, dense_row, measure, run_mode, summarise
 from transformers import DynamicCache
 
+from hga_compile.evaluation.candidates import DenseCandidate, Outcome, Use
+from hga_compile.evaluation.nll import bounds, scores_in
+from hga_compile.evaluation.reference import dense_reference, run_mode
+from hga_compile.evaluation.rows import Row
+from hga_compile.evaluation.study import Case, Study, StudyError, run_key
+
 LENGTH, SCORED = 96, 24
-DOCUMENTS = [
-    Document(name, name, "CC0-1.0", "test", name * 8, 9, "-") for name in ("first", "second", "third")
-]
 ROWS = [Row("window only", {}, "w"), Row("default", {}, "d")]
 HEADER = {
-    "benchmark": "quality",
     "environment": {"code": "c0de", "device": "test"},
     "model": {"name": "tiny"},
     "settings": {"dtype": "float32"},
 }
+
+
+def case(name, seed):
+    ids = torch.randint(97, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return Case({"text": name, "length": LENGTH}, ids, SCORED, scores_in(bounds(LENGTH, SCORED, 3)))
+
+
+CASES = [case(name, seed) for seed, name in enumerate(("first", "second", "third"))]
 
 
 @pytest.fixture
@@ -48,11 +52,12 @@ def test_reference_predicts_the_last_tokens_from_all_before(tiny_model, referenc
 
 @pytest.mark.parametrize("mode", ["decode", "all"])
 def test_the_dense_model_in_the_candidates_place_is_at_distance_zero(tiny_model, reference, mode):
-    result = measure(DenseCandidate(tiny_model), mode, reference)
+    score = CASES[0].scores
+    result = score(reference, run_mode(DenseCandidate(tiny_model), mode, reference))
     assert abs(result["delta_nll"]) < 1e-5
     assert abs(result["kl"]) < 1e-5
     assert result["top1"] == 1.0
-    assert result["nll"] == pytest.approx(dense_row(reference)["nll"], abs=1e-5)
+    assert result["nll"] == pytest.approx(score(reference, None)["nll"], abs=1e-5)
 
 
 def test_decode_leaves_the_reference_cache_as_it_was(tiny_model, reference):
@@ -61,108 +66,93 @@ def test_decode_leaves_the_reference_cache_as_it_was(tiny_model, reference):
     assert all(torch.equal(a, layer.keys) for a, layer in zip(before, reference.cache.layers, strict=True))
 
 
-def test_a_candidate_that_differs_is_seen(tiny_model, reference):
-    result = measure(Blurred(tiny_model), "decode", reference)
-    assert result["kl"] > 0.05
-    assert result["kl_error"] > 0
-    assert (result["attended"], result["summary_bytes"], result["fallbacks"]) == (0.03, 0.07, {"why": 2})
+def run_study(out, model, resume=False, cases=CASES, header=HEADER, rows=ROWS, stop=None):
+    """Return the rows that were computed, the result, and the tokens that were skipped."""
+    made, skipped = [], []
 
-
-def run_study(out, reference, model, resume=False, documents=DOCUMENTS, header=HEADER, rows=ROWS, stop=None):
-    made = []
-
-    def candidate(row):
+    def candidate(row, mode):
         made.append(row.name)
         if stop is not None and len(made) > stop:
             raise KeyboardInterrupt
         return Blurred(model)
 
-    runs = Study(out, header, resume)
-    for document in documents:
-        runs.text(document, LENGTH, SCORED, rows, ["decode"], lambda: reference, candidate)
-    runs.save(finished=True)
-    return made, json.loads(out.read_text())
+    study = Study(header, out, resume)
+    for each in cases:
+        study.case(each, rows, ["decode"], model, candidate, skipped.append)
+    study.save({"summary": []})
+    return made, json.loads(out.read_text()), sum(skipped)
 
 
-def test_study_writes_rows_averages_and_documents(tmp_path, tiny_model, reference):
-    made, result = run_study(tmp_path / "q.json", reference, tiny_model)
+def test_a_study_has_a_dense_row_and_every_other_of_every_case(tmp_path, tiny_model):
+    made, result, _ = run_study(tmp_path / "q.json", tiny_model)
     assert made == ["window only", "default"] * 3
     assert [run["row"] for run in result["runs"]] == ["dense", "window only", "default"] * 3
-    assert [(e["row"], e["mode"], e["documents"]) for e in result["summary"]] == [
-        ("dense", "-", 3),
-        ("window only", "decode", 3),
-        ("default", "decode", 3),
-    ]
-    dense, _, default = result["summary"]
-    assert dense["kl"]["mean"] == 0.0
-    assert default["kl"]["low"] <= default["kl"]["mean"] <= default["kl"]["high"]
-    assert result["documents"][0] == DOCUMENTS[0].entry()
+    dense, _, default = result["runs"][:3]
+    assert (dense["kl"], dense["attended"]) == (0.0, 1.0)
+    assert default["kl"] > 0.05
+    assert (default["attended"], default["summary_bytes"], default["fallbacks"]) == (0.03, 0.07, {"why": 2})
+    assert (default["text"], default["length"], default["scored"]) == ("first", LENGTH, SCORED)
     assert "unvisited" not in result
 
 
-def test_resume_computes_only_what_is_missing(tmp_path, tiny_model, reference):
+def test_resume_computes_only_what_is_missing(tmp_path, tiny_model):
     out = tmp_path / "q.json"
     with pytest.raises(KeyboardInterrupt):
-        run_study(out, reference, tiny_model, stop=3)
+        run_study(out, tiny_model, stop=3)
     part = json.loads(out.read_text())["runs"]
     assert len(part) == 5
-    made, result = run_study(out, reference, tiny_model, resume=True)
+    made, result, skipped = run_study(out, tiny_model, resume=True)
     assert made == ["default", "window only", "default"]
     assert result["runs"][:5] == part
-    assert run_study(out, reference, tiny_model, resume=True)[0] == []
+    assert skipped == 3 * SCORED
+    assert run_study(out, tiny_model, resume=True)[0] == []
 
 
-def test_an_interrupted_resume_loses_no_older_run(tmp_path, tiny_model, reference):
+def test_an_interrupted_resume_loses_no_older_run(tmp_path, tiny_model):
     out = tmp_path / "q.json"
-    _, whole = run_study(out, reference, tiny_model)
+    _, whole, _ = run_study(out, tiny_model)
     changed = [ROWS[0], replace(ROWS[1], identity="other profile")]
     with pytest.raises(KeyboardInterrupt):
-        run_study(out, reference, tiny_model, resume=True, rows=changed, stop=0)
-    made, result = run_study(out, reference, tiny_model, resume=True)
+        run_study(out, tiny_model, resume=True, rows=changed, stop=0)
+    made, result, _ = run_study(out, tiny_model, resume=True)
     assert made == []
     assert result["runs"] == whole["runs"]
 
 
-@pytest.mark.parametrize("change", ["code", "profile", "text", "model"])
-def test_resume_never_takes_runs_of_something_else(tmp_path, tiny_model, reference, change):
+@pytest.mark.parametrize("change", ["code", "profile", "text", "model", "scored"])
+def test_resume_never_takes_runs_of_something_else(tmp_path, tiny_model, change):
     out = tmp_path / "q.json"
-    run_study(out, reference, tiny_model, documents=DOCUMENTS[:1])
-    header, rows, document = dict(HEADER), list(ROWS), DOCUMENTS[0]
+    run_study(out, tiny_model, cases=CASES[:1])
+    header, rows, one = dict(HEADER), list(ROWS), CASES[0]
     if change == "code":
         header["environment"] = HEADER["environment"] | {"code": "other"}
     elif change == "model":
         header["model"] = {"name": "other"}
     elif change == "profile":
         rows = [replace(row, identity=row.identity + "2") for row in rows]
+    elif change == "text":
+        one = replace(one, ids=CASES[1].ids)
     else:
-        document = replace(document, sha256="other")
-    made, result = run_study(out, reference, tiny_model, True, [document], header, rows)
+        one = replace(one, scored=SCORED - 3, scores=scores_in(bounds(LENGTH, SCORED - 3, 3)))
+    made, result, _ = run_study(out, tiny_model, True, [one], header, rows)
     assert made == ["window only", "default"]
     assert len(result["runs"]) == 3
 
 
-def test_without_resume_everything_is_computed_again(tmp_path, tiny_model, reference):
+def test_without_resume_everything_is_computed_again(tmp_path, tiny_model):
     out = tmp_path / "q.json"
-    run_study(out, reference, tiny_model)
-    assert len(run_study(out, reference, tiny_model)[0]) == 6
+    run_study(out, tiny_model)
+    assert len(run_study(out, tiny_model)[0]) == 6
 
 
-def test_tables_show_every_row(tmp_path, tiny_model, reference):
-    _, result = run_study(tmp_path / "q.json", reference, tiny_model)
-    console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
-    show(summarise(result["runs"]), result["runs"], console)
-    text = console.export_text()
-    assert all(word in text for word in ("window only", "default", "dense", "third", "95%", "3.0%", "7.0%"))
-
-
-def test_arguments_are_checked(capsys):
-    options = parse(["--lengths", "4096,8192", "--modes", "decode", "--scored", "100"])
-    assert (options.lengths, options.modes) == ([4096, 8192], ["decode"])
-    for wrong in (["--modes", "decode,prefill"], ["--scored", "8192"], ["--scored", "0"]):
-        with pytest.raises(SystemExit):
-            parse(wrong)
-    assert "--scored must be at least 1 and below every length" in capsys.readouterr().err
+@pytest.mark.parametrize("damage", ["{", "[]", '{"runs": [1]}'])
+def test_a_damaged_result_is_refused_and_kept(tmp_path, damage):
+    out = tmp_path / "q.json"
+    out.write_text(damage)
+    with pytest.raises(StudyError, match=r"q.json is no result to go on from: .*leave out --resume"):
+        Study(HEADER, out, resume=True)
+    assert out.read_text() == damage
 
 
 def test_run_key_depends_on_everything():
-    assert study.run_key(a=1, b={"x": 2}) == study.run_key(b={"x": 2}, a=1) != study.run_key(a=1, b={"x": 3})
+    assert run_key(a=1, b={"x": 2}) == run_key(b={"x": 2}, a=1) != run_key(a=1, b={"x": 3})
