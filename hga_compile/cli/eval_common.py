@@ -238,6 +238,7 @@ def set_up(request: Request, command: str, lengths: list[int], more: dict[str, A
             "dtype": str(loaded.dtype).removeprefix("torch."),
             **more,
         },
+        "routing": {row.name: row.routing for row in rows},
     }
     return Setup(loaded, tokenizer, rows, modes, lengths, header)
 

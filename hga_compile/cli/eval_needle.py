@@ -163,9 +163,11 @@ def _run(
     if request.as_json:
         print_json(result)
         return
-    from hga_compile.evaluation.tables import print_needles
+    from hga_compile.evaluation.tables import print_fallbacks, print_needles
 
-    print_needles(console(), summary)
+    screen = console()
+    print_needles(screen, summary)
+    print_fallbacks(screen, study.runs)
     if out is not None:
         note(f"saved in {out}")
 

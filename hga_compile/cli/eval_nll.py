@@ -96,8 +96,10 @@ def nll(
     if as_json:
         print_json(result)
         return
-    from hga_compile.evaluation.tables import print_nll
+    from hga_compile.evaluation.tables import print_fallbacks, print_nll
 
-    print_nll(console(), summary)
+    screen = console()
+    print_nll(screen, summary)
+    print_fallbacks(screen, study.runs)
     if out is not None:
         note(f"saved in {out}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hga_compile.evaluation.reference import MODE_OPTIONS
 
@@ -19,6 +20,8 @@ class Row:
     name: str
     options: Mapping[str, object]
     identity: str
+    routing: Mapping[str, Any]
+    """The profile's routing section as it is in force, for the result."""
 
     def in_mode(self, mode: str) -> dict[str, object]:
         """Return the compile options that measure this row in a mode."""
@@ -50,4 +53,8 @@ def make_rows(profiles: Sequence[str], extra: Mapping[str, object], control: boo
     wanted += [(Path(profile).stem, {"profile": profile, **extra}) for profile in profiles]
     if len({name for name, _ in wanted}) < len(wanted):
         raise ValueError(f"profiles must differ in their names, got {', '.join(profiles)} (--profile)")
-    return [Row(name, options, resolve_profile(options).digest()) for name, options in wanted]
+    rows = []
+    for name, options in wanted:
+        profile = resolve_profile(options)
+        rows.append(Row(name, options, profile.digest(), profile.model_dump(mode="json")["routing"]))
+    return rows

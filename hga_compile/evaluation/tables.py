@@ -70,6 +70,17 @@ def print_needles(out: Console, summary: Sequence[Entry]) -> None:
     out.print(cells)
 
 
+def print_fallbacks(out: Console, runs: Sequence[Entry]) -> None:
+    """Print how often a row ran in something else than the fastest kernels, and why; nothing if never."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for run in runs:
+        for reason, count in run["fallbacks"].items():
+            key = (run["row"], run["mode"], reason)
+            counts[key] = counts.get(key, 0) + count
+    for (row, mode, reason), count in counts.items():
+        out.print(f"fallback: {row}, {mode}: {count} x {reason}", markup=False)
+
+
 def _table(title: str, headings: Sequence[str]) -> Table:
     from rich.table import Table
 

@@ -81,6 +81,9 @@ def test_nll_has_dense_window_and_profile_in_both_modes(
             assert (entry["summary_bytes"]["mean"] > 0) == (entry["row"] == "default")
     assert [d["name"] for d in result["documents"]] == ["one", "two"]
     assert result["model"]["sha256"]
+    assert {row: r["window"]["fraction"] for row, r in result["routing"].items()} == {
+        "window only": 1.0, "default": 0.1
+    }  # fmt: skip
     assert str(tmp_path) not in json.dumps(result["documents"])
     lines = list(csv.DictReader((tmp_path / "out" / "nll.csv").open()))
     assert len(lines) == len(rows) * 3

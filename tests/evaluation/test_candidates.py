@@ -96,3 +96,27 @@ def test_a_decoded_query_is_routed_by_itself_whatever_the_profile_does_in_prefil
 def test_two_rows_of_one_name_are_refused():
     with pytest.raises(ValueError, match=r"must differ in their names, got default, default \(--profile\)"):
         make_rows(["default", "default"], {})
+
+
+@pytest.mark.parametrize("mode", ["decode", "all"])
+def test_a_model_with_sliding_layers_is_dense_at_full_budget(mode):
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_hidden_layers=3, vocab_size=97, max_position_embeddings=512, sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        reference = dense_reference(model, torch.randint(97, (1, 160)), 40)
+        told = []
+        candidate = RoutedCandidate(
+            model, {**SMALL, "profile": "default", "budget": 1.0}, told.append, dynamic=True
+        )
+        result = measure(candidate, mode, reference)
+    assert abs(result["kl"]) < 1e-5
+    assert result["attended"] == pytest.approx(1.0)
+    assert sum(told) == (40 if mode == "decode" else 159)

@@ -12,7 +12,7 @@ from hga_compile.evaluation.rows import Row
 from hga_compile.evaluation.study import Case, Study, StudyError, run_key
 
 LENGTH, SCORED = 96, 24
-ROWS = [Row("window only", {}, "w"), Row("default", {}, "d")]
+ROWS = [Row("window only", {}, "w", {}), Row("default", {}, "d", {})]
 HEADER = {
     "environment": {"code": "c0de", "device": "test"},
     "model": {"name": "tiny"},
