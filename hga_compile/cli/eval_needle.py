@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hga_compile.cli import eval_common as common
+from hga_compile.cli import eval_options as asked
 from hga_compile.cli import options
 from hga_compile.cli.errors import BadInputError, guarded
 from hga_compile.cli.output import console, note, print_json, quiet_bars
@@ -24,20 +25,20 @@ Depths = Annotated[
 @guarded
 def needle(
     model: options.Model,
-    files: common.Files = None,
-    text: common.Text = None,
-    profile: common.Profiles = None,
-    lengths: common.Lengths = "4096,8192",
+    files: asked.Files = None,
+    text: asked.Text = None,
+    profile: asked.Profiles = None,
+    lengths: asked.Lengths = "4096,8192",
     depths: Depths = "0,0.25,0.5,0.75,1",
     keys: Annotated[
         str, typer.Option("--keys", metavar="N,N", help="Facts planted, of which one is asked for.")
     ] = "1,4",
     trials: Trials = 2,
-    mode: common.Modes = "decode",
-    changes: common.Set = None,
-    out: common.Out = None,
-    resume: common.Resume = False,
-    picture: common.Picture = True,
+    mode: asked.Modes = "decode",
+    changes: asked.Set = None,
+    out: asked.Out = None,
+    resume: asked.Resume = False,
+    picture: asked.Picture = True,
     device: options.Device = "auto",
     dtype: options.DTypeChoice = options.DType.auto,
     as_json: options.Json = False,
@@ -48,9 +49,9 @@ def needle(
     A number of seven digits is hidden in a text (the demo's novel, or --text) under a key, alone or among
     other keys, and asked for at the end: exact match and NLL of the answer.
     """
-    counts = common.split_numbers(keys, "--keys", 1)
+    counts = asked.split_numbers(keys, "--keys", 1)
     tasks = [("single" if count == 1 else "multi-key", count) for count in counts]
-    request = common.Request(
+    request = asked.Request(
         model,
         text,
         files,
@@ -72,21 +73,21 @@ def needle(
 @guarded
 def ruler(
     model: options.Model,
-    files: common.Files = None,
-    text: common.Text = None,
-    profile: common.Profiles = None,
-    lengths: common.Lengths = "4096,8192",
+    files: asked.Files = None,
+    text: asked.Text = None,
+    profile: asked.Profiles = None,
+    lengths: asked.Lengths = "4096,8192",
     depths: Depths = "0,0.5",
     tasks: Annotated[
         str, typer.Option("--tasks", metavar="NAME,NAME", help=f"Of {', '.join(RULER)}.")
     ] = ",".join(RULER),
     count: Annotated[int, typer.Option(min=2, help="Keys, values, or variables of a chain.")] = 4,
     trials: Trials = 2,
-    mode: common.Modes = "decode",
-    changes: common.Set = None,
-    out: common.Out = None,
-    resume: common.Resume = False,
-    picture: common.Picture = True,
+    mode: asked.Modes = "decode",
+    changes: asked.Set = None,
+    out: asked.Out = None,
+    resume: asked.Resume = False,
+    picture: asked.Picture = True,
     device: options.Device = "auto",
     dtype: options.DTypeChoice = options.DType.auto,
     as_json: options.Json = False,
@@ -101,7 +102,7 @@ def ruler(
         raise BadInputError(
             f"a task must be one of {', '.join(RULER)}, got {', '.join(map(repr, unknown))} (--tasks)"
         )
-    request = common.Request(
+    request = asked.Request(
         model,
         text,
         files,
@@ -132,12 +133,12 @@ def split_depths(text: str) -> list[float]:
 
 
 def _run(
-    request: common.Request, command: str, tasks: Sequence[tuple[str, int]], depths: str, trials: int
+    request: asked.Request, command: str, tasks: Sequence[tuple[str, int]], depths: str, trials: int
 ) -> None:
     quiet_bars()
-    sizes = common.split_numbers(request.lengths, "--lengths", 256)
+    sizes = asked.split_numbers(request.lengths, "--lengths", 256)
     places = split_depths(depths)
-    common.split_modes(request.mode)
+    asked.split_modes(request.mode)
     out = request.out
     common.prepare_out(out, request.resume, request.picture)
     hay, source = _hay(request.texts)

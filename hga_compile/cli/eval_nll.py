@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hga_compile.cli import eval_common as common
+from hga_compile.cli import eval_options as asked
 from hga_compile.cli import options
 from hga_compile.cli.errors import BadInputError, guarded
 from hga_compile.cli.output import console, note, print_json, quiet_bars
@@ -17,23 +18,23 @@ TEXTS = "emma,asyncio,email,hamlet"
 @guarded
 def nll(
     model: options.Model,
-    files: common.Files = None,
-    text: common.Text = None,
+    files: asked.Files = None,
+    text: asked.Text = None,
     corpus: Annotated[
         str | None,
         typer.Option(
             "--corpus", metavar="NAME,NAME", help="Named texts, see `hga eval texts`.", show_default=TEXTS
         ),
     ] = None,
-    profile: common.Profiles = None,
-    lengths: common.Lengths = "4096,8192",
-    mode: common.Modes = "decode,all",
+    profile: asked.Profiles = None,
+    lengths: asked.Lengths = "4096,8192",
+    mode: asked.Modes = "decode,all",
     scored: Annotated[int, typer.Option(min=1, help="Tokens at the end of each sequence to predict.")] = 1024,
     buckets: Annotated[int, typer.Option(min=1, help="Runs of positions to divide these into.")] = 4,
-    changes: common.Set = None,
-    out: common.Out = None,
-    resume: common.Resume = False,
-    picture: common.Picture = True,
+    changes: asked.Set = None,
+    out: asked.Out = None,
+    resume: asked.Resume = False,
+    picture: asked.Picture = True,
     device: options.Device = "auto",
     dtype: options.DTypeChoice = options.DType.auto,
     as_json: options.Json = False,
@@ -46,14 +47,14 @@ def nll(
     intervals from resampling the texts.
     """
     quiet_bars()
-    sizes = common.split_numbers(lengths, "--lengths", 2)
+    sizes = asked.split_numbers(lengths, "--lengths", 2)
     if scored >= min(sizes):
         raise BadInputError(
             f"scored tokens must be fewer than every length, got {scored} and {lengths} (--scored)"
         )
-    common.split_modes(mode)
+    asked.split_modes(mode)
     common.prepare_out(out, resume, picture)
-    request = common.Request(
+    request = asked.Request(
         model,
         text,
         files,

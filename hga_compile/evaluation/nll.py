@@ -59,7 +59,8 @@ def cases(
                 say(f"text {document.name!r} has fewer than {length:,} tokens: left out at that length")
                 continue
             where = {"text": document.name, "length": length}
-            found.append(Case(where, ids, scored, scores_in(bounds(length, scored, buckets))))
+            scores = scores_in(bounds(length, scored, buckets))
+            found.append(Case(where, ids, scored, scores, f"{buckets} buckets"))
     return sorted(found, key=lambda case: int(case.where["length"]))
 
 

@@ -41,11 +41,13 @@ class Case:
     """How many of the last tokens are predicted."""
     scores: Scores
     """Numbers of a run, from the reference and the candidate's outcome; None is the dense row."""
+    scoring: str = ""
+    """What `scores` depends on: runs of another scoring are not taken again."""
 
     def identity(self) -> dict[str, object]:
         """Return what a saved run must agree in."""
         digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
-        return {"ids": digest, "scored": self.scored, "where": dict(self.where)}
+        return {"ids": digest, "scored": self.scored, "scoring": self.scoring, "where": dict(self.where)}
 
 
 @dataclass
@@ -134,12 +136,17 @@ class Study:
                     found |= {"summary_bytes": use.summary_bytes, "fallbacks": dict(use.fallbacks)}
                 else:
                     found |= {"attended": 1.0, "kv_bytes": 1.0, "summary_bytes": 0.0, "fallbacks": {}}
+                self._add(found)
                 self.say(found)
-            elif row is not None:
+                continue
+            if row is not None:
                 found = {**found, "row": row.name}
                 skip(case_tokens(case, mode))
-            self.runs.append(found)
-            self.save()
+            self._add(found)
+
+    def _add(self, run: Run) -> None:
+        self.runs.append(run)
+        self.save()
 
     def save(self, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write everything measured so far; without a summary also older runs not come to yet."""

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from hga_compile.cli import eval_common
 from hga_compile.cli.app import app
 from hga_compile.cli.errors import BadInputError
-from hga_compile.cli.eval_common import settings, split_modes, split_numbers
 from hga_compile.cli.eval_needle import split_depths
+from hga_compile.cli.eval_options import settings, split_modes, split_numbers
 from hga_compile.evaluation import candidates
 
 runner = CliRunner()
@@ -107,6 +107,10 @@ def test_resume_takes_what_is_there_and_tables_show_it(
     )
     assert again.exit_code == 0
     assert dense_instead == ["decode", "decode"]
+    dense_instead.clear()
+    finer = nll(tiny_model, texts[:1], out, "--no-picture", "--resume", "--buckets", "4", "--mode", "decode")
+    assert finer.exit_code == 0
+    assert dense_instead == ["decode", "decode"]
 
 
 def test_an_interrupted_run_keeps_what_was_measured(
@@ -124,7 +128,7 @@ def test_an_interrupted_run_keeps_what_was_measured(
     done = nll(tiny_model, texts, tmp_path / "out", "--no-picture")
     assert done.exit_code == 130
     saved = json.loads((tmp_path / "out" / "nll.json").read_text())
-    assert [run["row"] for run in saved["runs"]] == ["dense", "window only"]
+    assert [run["row"] for run in saved["runs"]] == ["dense", "window only", "default"]
 
 
 @pytest.mark.parametrize("command", ["needle", "ruler"])
