@@ -17,7 +17,7 @@ FAILURE = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 # Failures that explain themselves, of modules that the command line does not import before they are needed.
-EXPECTED = ("StrictError", "CorpusError", "NothingRouted")
+EXPECTED = ("StrictError", "CorpusError", "NothingRouted", "NotFinite")
 
 
 class BadInputError(ValueError):
