@@ -75,6 +75,7 @@ def describe(error: BaseException) -> tuple[int, str]:
         or _is_named(root, "ProfileError")
         or _is_named(root, "KernelError")
         or _is_named(root, "StudyError")
+        or _is_named(root, "LayersError")
     )
     if refused or isinstance(root, BadInputError):
         return BAD_INPUT, one_line(root)
