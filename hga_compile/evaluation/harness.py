@@ -13,13 +13,22 @@ import logging
 from typing import Any
 
 import torch
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 
 import hga_compile
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.options import SHORTHANDS
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "lm_eval":
+        raise
+    raise ModuleNotFoundError(
+        "the model class `hga` needs lm-eval, which is not installed: pip install 'hga-compile[eval]'",
+        name=error.name,
+    ) from None
 
 __all__ = ["HGALM"]
 
