@@ -56,6 +56,7 @@ ROUTERS: dict[str, Router] = {
     "InfLLM, 32": InfLLM(32),
     "ShadowKV, 8": ShadowKV(8),
     "low-bit, 4 (ours)": LowBit(4),
+    "low-bit, 2": LowBit(2),
     "low-bit, 1": LowBit(1),
     "oracle groups, 4": Oracle(4),
     "oracle tokens": Oracle(1),

@@ -95,7 +95,7 @@ def layers(
             raise BadInputError("every layer is dense in this profile; change routing.dense_layers (--set)")
         _scan(study, cases, rows, one)
     found = sensitivity.curves(nll.summarise(study.runs), rows)
-    suggested = sensitivity.suggest(found, chosen.routing, count)
+    suggested = sensitivity.suggest(study.runs, rows, chosen.routing, count)
     result = study.save({"layers": found, "suggested": suggested})
     if out is not None:
         _write(out, found, str(header["model"]["name"]), len(used), picture)

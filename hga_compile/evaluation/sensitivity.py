@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.configs.routing import Routing
 from hga_compile.evaluation.rows import Row
+
+Costs = Mapping[int, Mapping[float, float]]
+"""KL in nats by layer and multiple of its budget."""
 
 
 def scaled(budget: Budget, factor: float) -> Budget:
@@ -65,7 +68,7 @@ def curves(summary: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[di
     return found
 
 
-def allocate(costs: Mapping[int, Mapping[float, float]], mean: float = 1.0) -> dict[int, float]:
+def allocate(costs: Costs, mean: float = 1.0) -> dict[int, float]:
     """Choose a multiple of the budget for each layer with the least sum of costs.
 
     Costs of layers are taken as independent, which small ones nearly are. Starting from the least factor
@@ -101,13 +104,20 @@ def allocate(costs: Mapping[int, Mapping[float, float]], mean: float = 1.0) -> d
         chosen[best[0]] = best[1]
 
 
-def suggest(found: Sequence[Mapping[str, Any]], routing: Routing, count: int) -> dict[str, Any]:
+def suggest(
+    runs: Sequence[Mapping[str, Any]], rows: Sequence[Row], routing: Routing, count: int
+) -> dict[str, Any]:
     """Return per-layer overrides for the same mean budget, in the form of `routing.overrides`.
+
+    Every text weighs the same, however far its layers are from dense. What a choice is worth is measured on
+    the texts that it was not made on, each left out once.
 
     Parameters
     ----------
-    found
-        From `curves`; lengths are averaged.
+    runs
+        Of a study of `rows`.
+    rows
+        From `layer_rows`; the factor 1 is among them.
     routing
         Of the profile.
     count
@@ -116,29 +126,70 @@ def suggest(found: Sequence[Mapping[str, Any]], routing: Routing, count: int) ->
     Returns
     -------
     dict
-        `factors` by layer, `overrides`, and the sums of the layers' KL with and without them.
+        `factors` by layer, `overrides`, the `ranking` of layers by what they cost; sums of the layers' KL
+        with and without the choice, on the texts it was made on (`sum_of_kl`, `sum_of_kl_now`) and on those
+        left out (`held_out`; None for a single text).
     """
-    sums: dict[int, dict[float, list[float]]] = {}
-    for entry in found:
-        sums.setdefault(entry["layer"], {}).setdefault(entry["factor"], []).append(entry["kl"]["mean"])
-    costs = {
-        layer: {factor: sum(values) / len(values) for factor, values in by_factor.items()}
-        for layer, by_factor in sums.items()
-    }
-    factors = allocate(costs)
+    texts = _by_text(runs, rows)
+    factors = allocate(_mean(texts))
     groups: dict[Budget, list[int]] = {}
     for layer, factor in sorted(factors.items()):
         if factor != 1.0:
             groups.setdefault(scaled(routing.for_layer(layer, count).budget, factor), []).append(layer)
     kept = [override.model_dump(mode="json", exclude_none=True) for override in routing.overrides]
+    new = [{"layers": layers, "budget": budget.model_dump(mode="json")} for budget, layers in groups.items()]
+    now = _mean_of([_total(costs, None) for costs in texts])
+    mean = _mean(texts)
     return {
         "factors": {str(layer): factor for layer, factor in sorted(factors.items())},
-        "overrides": kept
-        + [{"layers": layers, "budget": budget.model_dump(mode="json")} for budget, layers in groups.items()],
-        "sum_of_kl": sum(costs[layer][factor] for layer, factor in factors.items()),
-        "sum_of_kl_now": sum(by_factor[1.0] for by_factor in costs.values()),
-        "ranking": sorted(costs, key=lambda layer: -costs[layer][1.0]),
+        "overrides": kept + new,
+        "ranking": sorted(mean, key=lambda layer: -mean[layer][1.0]),
+        "sum_of_kl": _mean_of([_total(costs, factors) for costs in texts]),
+        "sum_of_kl_now": now,
+        "held_out": None if len(texts) < 2 else {"sum_of_kl": _held_out(texts), "sum_of_kl_now": now},
     }
+
+
+def _by_text(runs: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Costs]:
+    """Return the KL of each text by layer and factor; lengths are averaged."""
+    made = {row.name: row for row in rows}
+    values: dict[str, dict[int, dict[float, list[float]]]] = {}
+    for run in runs:
+        row = made.get(run["row"])
+        if row is not None:
+            layer, factor = cast(int, row.options["layer"]), cast(float, row.options["factor"])
+            by_layer = values.setdefault(run["text"], {})
+            by_layer.setdefault(layer, {}).setdefault(factor, []).append(run["kl"])
+    return [
+        {layer: {f: _mean_of(kl) for f, kl in by_factor.items()} for layer, by_factor in by_layer.items()}
+        for by_layer in values.values()
+    ]
+
+
+def _mean(texts: Sequence[Costs]) -> Costs:
+    """Average texts, each as shares of its own sum."""
+    sums = [_total(costs, None) or 1.0 for costs in texts]
+    return {
+        layer: {f: _mean_of([t[layer][f] / s for t, s in zip(texts, sums, strict=True)]) for f in by_factor}
+        for layer, by_factor in texts[0].items()
+    }
+
+
+def _held_out(texts: Sequence[Costs]) -> float:
+    """Return the mean sum of the KL of texts under what was chosen on all the others."""
+    found = []
+    for number, costs in enumerate(texts):
+        others = [*texts[:number], *texts[number + 1 :]]
+        found.append(_total(costs, allocate(_mean(others))))
+    return _mean_of(found)
+
+
+def _total(costs: Costs, factors: Mapping[int, float] | None) -> float:
+    return sum(by_factor[1.0 if factors is None else factors[layer]] for layer, by_factor in costs.items())
+
+
+def _mean_of(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def with_overrides(profile: Profile, overrides: Sequence[Mapping[str, Any]]) -> Profile:

@@ -86,6 +86,14 @@ def print_layers(out: Console, found: Sequence[Entry], suggested: Entry) -> None
     out.print(table)
     now, then = suggested["sum_of_kl_now"], suggested["sum_of_kl"]
     out.print(f"sum of the layers' KL: {now:.4f} now, {then:.4f} as suggested, at the same mean budget")
+    held = suggested["held_out"]
+    if held is None:
+        out.print("one text: nothing says what the suggestion is worth on others; give several")
+    else:
+        then = held["sum_of_kl"]
+        out.print(
+            f"on texts left out of the choice: {held['sum_of_kl_now']:.4f} now, {then:.4f} as suggested"
+        )
 
 
 def print_fallbacks(out: Console, runs: Sequence[Entry]) -> None:

@@ -182,6 +182,7 @@ def test_shares_of_bytes_are_those_of_16_bit_summaries() -> None:
         "InfLLM, 32": 1 / 16,
         "ShadowKV, 8": 1 / 16,
         "low-bit, 4 (ours)": 18 / 256,
+        "low-bit, 2": 18 / 256,
         "low-bit, 1": 18 / 256,
         "oracle groups, 4": 1 / 2,
         "oracle tokens": 1 / 2,

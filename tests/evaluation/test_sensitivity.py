@@ -15,6 +15,35 @@ from hga_compile.evaluation.single_layer import LayersError, OneLayer
 ROUTING = Routing(budget=Budget(tokens=48), dense_below=64, centre_tokens=32, prefill_tile=1)
 
 
+ROWS = layer_rows(Profile(name="p", routing=ROUTING), range(4), 4, [0.5, 1.0, 2.0])
+
+
+def runs_of(texts: dict[str, dict[int, tuple[float, ...]]]) -> list[dict[str, object]]:
+    """Return the runs of a study of `ROWS` at two lengths whose mean is as given."""
+    found: list[dict[str, object]] = [{"row": "dense", "text": text, "kl": 0.0} for text in texts]
+    for text, costs in texts.items():
+        for row in ROWS:
+            kl = costs[row.options["layer"]][(0.5, 1.0, 2.0).index(row.options["factor"])]
+            found += [{"row": row.name, "text": text, "kl": kl * share} for share in (0.8, 1.2)]
+    return found
+
+
+def test_what_a_suggestion_is_worth_is_told_by_texts_it_was_not_made_on() -> None:
+    first = {0: (0.1, 0.1, 0.1), 1: (1.0, 0.5, 0.2), 2: (0.1, 0.1, 0.1), 3: (0.1, 0.1, 0.1)}
+    second = {0: (4.0, 2.0, 0.8), 1: (0.4, 0.4, 0.4), 2: (0.4, 0.4, 0.4), 3: (0.4, 0.4, 0.4)}
+    found = suggest(runs_of({"a": first, "b": second}), ROWS, ROUTING, 4)
+    assert found["sum_of_kl"] < found["sum_of_kl_now"]
+    # Each was given the other's layers: at half the budget the one that counts costs more.
+    assert found["held_out"]["sum_of_kl"] == pytest.approx((1.0 + 0.3 + 4.0 + 1.2) / 2)
+    assert suggest(runs_of({"a": first}), ROWS, ROUTING, 4)["held_out"] is None
+
+
+def test_every_text_weighs_the_same() -> None:
+    quiet = {0: (0.02, 0.01, 0.001), 1: (0.0, 0.0, 0.0), 2: (0.0, 0.0, 0.0), 3: (0.0, 0.0, 0.0)}
+    loud = {0: (0.0, 0.0, 0.0), 1: (9.0, 8.9, 8.8), 2: (0.0, 0.0, 0.0), 3: (0.0, 0.0, 0.0)}
+    assert suggest(runs_of({"quiet": quiet, "loud": loud}), ROWS, ROUTING, 4)["factors"]["0"] == 2.0
+
+
 @pytest.fixture
 def text() -> torch.Tensor:
     return torch.randint(97, (1, 301), generator=torch.Generator().manual_seed(2))
@@ -68,17 +97,12 @@ def test_a_suggestion_is_an_override_that_a_profile_takes() -> None:
     override = LayerOverride(layers=(0,), sinks=8)
     routing = ROUTING.model_copy(update={"overrides": (override,)})
     costs = {0: (0.1, 0.1, 0.1), 1: (1.0, 0.5, 0.2), 2: (0.1, 0.1, 0.1), 3: (0.9, 0.4, 0.39)}
-    found = [
-        {"layer": layer, "factor": factor, "length": length, "kl": {"mean": kl * length / 100}}
-        for layer, line in costs.items()
-        for factor, kl in zip((0.5, 1.0, 2.0), line, strict=True)
-        for length in (80, 120)
-    ]
-    suggested = suggest(found, routing, 4)
+    suggested = suggest(runs_of({"a": costs, "b": costs}), ROWS, routing, 4)
     assert suggested["factors"] == {"0": 0.5, "1": 2.0, "2": 0.5, "3": 1.0}
     assert suggested["ranking"] == [1, 3, 0, 2]
     assert suggested["sum_of_kl"] == pytest.approx(0.8)
     assert suggested["sum_of_kl_now"] == pytest.approx(1.1)
+    assert suggested["held_out"] == pytest.approx({"sum_of_kl": 0.8, "sum_of_kl_now": 1.1})
     profile = with_overrides(Profile(name="p", routing=routing), suggested["overrides"])
     budgets = [profile.routing.for_layer(layer, 4).budget.tokens for layer in range(4)]
     assert budgets == [24, 96, 24, 48]
