@@ -162,12 +162,19 @@ def sent(table: Tensor, device: torch.device) -> Tensor:
 
 
 def encode(
-    keys: Tensor, centre: Tensor, codes: Tensor, scales: Tensor, begin: int, bits: int, step: float
+    keys: Tensor,
+    centre: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    begin: int,
+    bits: int,
+    step: float,
+    turned: Tensor | None = None,
 ) -> None:
     """Encode keys (see `triton_encode.encode`)."""
     from hga_compile.kernels import triton_encode
 
-    triton_encode.encode(keys, centre, codes, scales, begin, bits, step)
+    triton_encode.encode(keys, centre, codes, scales, begin, bits, step, turned)
 
 
 def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> None:

@@ -92,6 +92,7 @@ class LowBitSummary:
         # A GPU multiplies a token's codes as they lie; a CPU scans many tokens at a time.
         self._bytes_last = triton_serves(kernels, centre.device, torch.float32, self.dim)
         shape = (rows, 0, packed) if self._bytes_last else (rows, packed, 0)
+        self._turned_centre = self.turned(centre.float()) if self._bytes_last else None
         self._codes = torch.empty(shape, dtype=torch.uint8, device=centre.device)
         self.scales = torch.empty(rows, 0, dtype=torch.float16, device=centre.device)
 
@@ -111,7 +112,10 @@ class LowBitSummary:
         self._codes = grown(self._codes, used, used + new, 1 if self._bytes_last else 2)
         self.scales = grown(self.scales, used, used + new, 1)
         if self._bytes_last and triton_serves(self.kernels, keys.device, keys.dtype, self.dim):
-            encode(keys, self.centre, self.codes, self.scales, used, self.bits, _STEP[self.bits])
+            encode(
+                keys, self.centre, self.codes, self.scales, used, self.bits, _STEP[self.bits],
+                self._turned_centre,
+            )  # fmt: skip
         else:
             rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
             codes, scales = encode_keys(rotated, self.bits)
@@ -203,6 +207,8 @@ class LowBitSummary:
         rows = rows.to(self.codes.device)
         self._codes, self.scales = self._codes[rows], self.scales[rows]
         self.centre = self.centre[rows]
+        if self._turned_centre is not None:
+            self._turned_centre = self._turned_centre[rows]
 
     def bytes_per_token(self) -> float:
         """Return the bytes of one token's codes and scale."""

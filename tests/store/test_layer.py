@@ -190,12 +190,14 @@ def test_a_clone_goes_on_as_the_original_would(at: int, tail: str, device: torch
 
 def test_two_stores_never_meet(device: torch.device) -> None:
     first, second = rows(device=device), rows(device=device, seed=1)
-    want = [attend(LayerStore(), parts, 0, TOKENS, site()) for parts in (first, second)]
+    # Tiles of queries that share what they are routed to begin where a step does.
+    where = site(prefill_tile=1)
+    want = [attend(LayerStore(), parts, 0, TOKENS, where) for parts in (first, second)]
     one, two = LayerStore(), LayerStore()
     got: list[list[Tensor]] = [[], []]
     for begin, end in ((0, 50), (50, 70), (70, 71), (71, 90)):
-        got[0].append(attend(one, first, begin, end, site()))
-        got[1].append(attend(two, second, begin, end, site()))
+        got[0].append(attend(one, first, begin, end, where))
+        got[1].append(attend(two, second, begin, end, where))
     for mine, expected in zip(got, want, strict=True):
         torch.testing.assert_close(torch.cat(mine, 2), expected, rtol=0, atol=1e-6)
 
