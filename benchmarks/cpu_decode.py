@@ -20,14 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import corpora
 import torch
-from candidates import NothingRouted, RoutedCandidate
 from common import RESULTS, environment, fill_cache, find_model, load_model, model_facts, tokenize, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from hga_compile.evaluation import corpora
+from hga_compile.evaluation.candidates import NothingRouted, RoutedCandidate
 
 LEAST_AGREEMENT = 0.5  # of the likeliest tokens with dense: below, the speed is of something else
 Step = Callable[[Tensor], Tensor]
@@ -145,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", help="checkpoint folder (default: HGA_MODELS/smollm2-135m)")
     add("--length", type=int, default=8192, help="tokens in the cache when decoding starts")
-    add("--text", default="emma", help="a name that `corpora.py list` shows")
+    add("--text", default="emma", help="a name that `hga eval texts` shows")
     add("--profile", default="default")
     add("--steps", type=int, default=64, help="timed steps, at least 32")
     add("--warmup", type=int, default=12, help="untimed steps: compilation and its first recompilations")

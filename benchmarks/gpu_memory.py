@@ -19,14 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import corpora
 import torch
-from candidates import RoutedCandidate
 from common import RESULTS, environment, find_model, load_model, model_facts, tokenize, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
+
+from hga_compile.evaluation import corpora
+from hga_compile.evaluation.candidates import RoutedCandidate
 
 SHAPES: dict[str, dict[str, Any]] = {
     # Llama-3.1-8B's layer, four of them, with a small vocabulary: 1.9 GB of bf16 weights.

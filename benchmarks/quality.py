@@ -14,20 +14,22 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import corpora
 import torch
-from candidates import Candidate, RoutedCandidate
-from common import RESULTS, environment, find_model, load_model, model_facts, tokenize
+from common import RESULTS, environment, find_model, load_model, model_facts
 from rich.console import Console
 from rich.table import Table
-from study import MODES, Row, Study, dense_reference, summarise
+from transformers import AutoTokenizer
 
-CONTROL = "window only"
-CONTROL_OPTIONS = {"routing.window.fraction": 1.0}  # the whole budget is window: nothing is left to choose
+from hga_compile.evaluation import corpora
+from hga_compile.evaluation.candidates import Candidate, RoutedCandidate
+from hga_compile.evaluation.nll import cases, summarise
+from hga_compile.evaluation.reference import MODES
+from hga_compile.evaluation.rows import Row, make_rows
+from hga_compile.evaluation.study import Run, Study
+
 SUMMARY_HEADINGS = (
     "tokens",
     "row",
@@ -40,7 +42,7 @@ SUMMARY_HEADINGS = (
     "K/V read",
     "summaries",
 )
-TEXT_HEADINGS = ("text", "tokens", "row", "mode", "NLL", "delta NLL", "KL", "seconds")
+TEXT_HEADINGS = ("text", "tokens", "row", "mode", "NLL", "delta NLL", "KL")
 
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:
@@ -65,7 +67,7 @@ def show(summary: list[dict[str, Any]], runs: list[dict[str, Any]], console: Con
         delta = f"{run['delta_nll']:+.4f} ± {run['delta_nll_error']:.4f}"
         kl = f"{run['kl']:.4f} ± {run['kl_error']:.4f}"
         where = (run["text"], str(run["length"]), run["row"], run["mode"], f"{run['nll']:.3f}")
-        each.add_row(*where, delta, kl, str(run.get("seconds", "")))
+        each.add_row(*where, delta, kl)
     console.print(each)
 
 
@@ -80,7 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="checkpoint folder (default: HGA_MODELS/smollm2-135m)")
     add("--lengths", default="8192", help="tokens of each text, comma-separated")
-    add("--texts", default="emma,asyncio,email,hamlet", help="names that `corpora.py list` shows")
+    add("--texts", default="emma,asyncio,email,hamlet", help="names that `hga eval texts` shows")
     add("--scored", type=int, default=512, help="tokens scored at the end of each text")
     add("--profiles", default="default,paper", help="names or paths of profiles, comma-separated")
     add("--modes", default="decode,all", help="of decode and all")
@@ -102,13 +104,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def make_rows(profiles: list[str], extra: Mapping[str, object], control: bool) -> list[Row]:
-    """Return the rows to measure: the control on the first profile's budget, then each profile."""
-    from hga_compile.configs.loader import resolve_profile
+def say(run: Run) -> None:
+    numbers = f"{run['delta_nll']:+.4f} {run['kl']:.4f}"
+    print(f"{run['text']:14} {run['length']:>6} {run['row']:12} {run['mode']:7} {numbers}", file=sys.stderr)
 
-    wanted = [(CONTROL, {"profile": profiles[0], **extra, **CONTROL_OPTIONS})] if control else []
-    wanted += [(Path(profile).stem, {"profile": profile, **extra}) for profile in profiles]
-    return [Row(name, options, resolve_profile(options).digest()) for name, options in wanted]
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,28 +119,26 @@ def main(arguments: list[str] | None = None) -> int:
     path = find_model(options.model)
     profiles = options.profiles.split(",")
     pairs = [pair.split("=", 1) for pair in options.set]
-    extra = {"inner": options.inner, **{key: json.loads(value) for key, value in pairs}}
+    extra = {"compile.inner": options.inner, **{key: json.loads(value) for key, value in pairs}}
     rows = make_rows(profiles, extra, not options.no_control)
     documents = [corpora.load(name) for name in options.texts.split(",")]
     settings = {key: getattr(options, key) for key in ("lengths", "scored", "modes", "inner", "dtype")}
     settings |= {"profiles": [Path(name).stem for name in profiles], "set": dict(pairs)}
     header = {"benchmark": "quality", "environment": environment(options.device), "model": model_facts(path)}
-    study = Study(options.json, {**header, "settings": settings}, options.resume)
+    header |= {"settings": settings, "documents": [document.entry() for document in documents]}
+    study = Study(header, options.json, options.resume, say)
     model = load_model(path, options.device, getattr(torch, options.dtype))
-    made: dict[str, Candidate] = {}
+    made: dict[tuple[str, str], Candidate] = {}
 
-    def candidate(row: Row) -> Candidate:
-        if row.name not in made:
-            made[row.name] = RoutedCandidate(model, row.options)
-        return made[row.name]
+    def candidate(row: Row, mode: str) -> Candidate:
+        if (row.name, mode) not in made:
+            made[row.name, mode] = RoutedCandidate(model, row.in_mode(mode), dynamic=True)
+        return made[row.name, mode]
 
-    with torch.no_grad():
-        for length in options.lengths:
-            for document in documents:
-                ids = tokenize(path, document.text, length).to(options.device)
-                reference = lambda i=ids: dense_reference(model, i, options.scored)  # noqa: E731
-                study.text(document, length, options.scored, rows, options.modes, reference, candidate)
-    study.save(finished=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    for case in cases(documents, options.lengths, options.scored, 4, tokenizer, warn):
+        study.case(case, rows, options.modes, model, candidate)
+    study.save({"summary": summarise(study.runs)})
     console = Console(width=None if sys.stdout.isatty() else 160)
     show(summarise(study.runs), study.runs, console)
     console.print(f"saved to {os.path.relpath(options.json)}")

@@ -16,6 +16,8 @@ R = TypeVar("R")
 FAILURE = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+# Failures that explain themselves, of modules that the command line does not import before they are needed.
+EXPECTED = ("StrictError", "CorpusError", "NothingRouted", "NotFinite", "StoreError")
 
 
 class BadInputError(ValueError):
@@ -64,11 +66,17 @@ def describe(error: BaseException) -> tuple[int, str]:
     tuple of int and str
     """
     root = _unwrap(error)
-    if isinstance(root, CommandError) or _is_named(root, "StrictError") or _is_named(root, "StoreError"):
+    if isinstance(root, CommandError) or any(_is_named(root, name) for name in EXPECTED):
         return FAILURE, one_line(root)
     # A ValueError of the backend is about the profile that it was given.
     refused = root is not error and isinstance(root, ValueError)
-    refused = refused or _is_named(root, "ProfileError") or _is_named(root, "KernelError")
+    refused = (
+        refused
+        or _is_named(root, "ProfileError")
+        or _is_named(root, "KernelError")
+        or _is_named(root, "StudyError")
+        or _is_named(root, "LayersError")
+    )
     if refused or isinstance(root, BadInputError):
         return BAD_INPUT, one_line(root)
     if _is_named(root, "OutOfMemoryError") or isinstance(root, MemoryError):

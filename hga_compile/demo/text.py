@@ -70,7 +70,7 @@ def build_document(tokenizer: Any, *, tokens: int, depth: float, fact: str = FAC
         found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return found
 
-    opening, closing = (encode(part) for part in _frame(tokenizer))
+    opening, closing = (encode(part) for part in frame(tokenizer, TASK, QUESTION))
     planted = encode(fact + "\n\n")
     room = tokens - len(opening) - len(closing) - len(planted)
     if room < len(planted):
@@ -96,12 +96,12 @@ def build_document(tokenizer: Any, *, tokens: int, depth: float, fact: str = FAC
     )
 
 
-def _frame(tokenizer: Any) -> tuple[str, str]:
-    """Text before and behind the document."""
-    before, behind = f"{TASK}\n\n", f"\n\n{QUESTION}"
+def frame(tokenizer: Any, task: str, question: str) -> tuple[str, str]:
+    """Text before and behind a document, with the chat template if the tokenizer has one."""
+    before, behind = f"{task}\n\n", f"\n\n{question}"
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": before + _MARK + behind}]
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         opening, _, closing = text.partition(_MARK)
         return opening, closing
-    return before, f"\n\nQuestion: {QUESTION}\nAnswer:"
+    return before, f"\n\nQuestion: {question}\nAnswer:"

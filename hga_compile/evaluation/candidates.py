@@ -1,15 +1,20 @@
-"""The models that benchmarks measure, behind one interface: the compiled one, and dense in its place."""
+"""The models that are measured, behind one interface: the compiled one, and dense in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from common import fill_cache
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+STEP = 1024  # tokens of one forward pass
+OPENING = 2  # tokens that the uncompiled model reads into a new cache: filling an empty one is another graph
+KEEP = 2  # logits that a step asks for whose own are not wanted: one would be another graph than many
+
+Advance = Callable[[int], None]
 
 
 class NothingRouted(RuntimeError):
@@ -73,14 +78,24 @@ class RoutedCandidate:
         The uncompiled model.
     options
         As `torch.compile` takes them: the profile and what differs from it.
+    advance
+        Told the number of tokens after each step.
+    dynamic
+        As `torch.compile` takes it; True: one graph for steps of every length.
     """
 
-    def __init__(self, model: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: Mapping[str, Any],
+        advance: Advance = lambda _: None,
+        dynamic: bool | None = None,
+    ) -> None:
         from hga_compile.configs.loader import resolve_profile
 
         self.profile = resolve_profile(options)
-        self.model = model
-        self.compiled: Any = torch.compile(model, backend="hga", options=dict(options))
+        self.model, self.advance = model, advance
+        self.compiled: Any = torch.compile(model, backend="hga", dynamic=dynamic, options=dict(options))
 
     def cache(self) -> Any:
         """Return an empty cache with this candidate's profile."""
@@ -88,11 +103,44 @@ class RoutedCandidate:
 
         return HGACache(self.model.config, profile=self.profile)
 
-    def _call(self, **inputs: Any) -> Outcome:
+    def decode(self, dense: DynamicCache, prefix: int, queries: Tensor) -> Outcome:
+        """See `Candidate.decode`; every query is routed, each over the tokens before it."""
+        cache = fill_cache(self.cache(), dense, prefix)
+        self._reset()
+        return self._outcome(self._score(queries, cache))
+
+    def whole(self, ids: Tensor, scored: int) -> Outcome:
+        """See `Candidate.whole`; every query is routed, in steps of `STEP` tokens."""
+        cache, body = self.cache(), ids.shape[1] - scored
+        opening = min(OPENING, body)
+        if opening:
+            self.model(input_ids=ids[:, :opening], past_key_values=cache, use_cache=True)
+            self.advance(opening)
+        self._reset()
+        for begin in range(opening, body, STEP):
+            self._step(ids[:, begin : min(begin + STEP, body)], cache, KEEP)
+        return self._outcome(self._score(ids[:, body:], cache))
+
+    def _reset(self) -> None:
         import hga_compile
 
         hga_compile.reset_report()
-        logits = self.compiled(use_cache=True, **inputs).logits[0]
+
+    def _score(self, ids: Tensor, cache: Any) -> Tensor:
+        pieces = [self._step(piece, cache, piece.shape[1]) for piece in torch.split(ids, STEP, dim=1)]
+        return torch.cat(pieces)
+
+    def _step(self, ids: Tensor, cache: Any, keep: int) -> Tensor:
+        # Dynamo would guard on where a view lies in its base, and compile again for the next one.
+        own = ids.clone(memory_format=torch.contiguous_format)
+        found = self.compiled(input_ids=own, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        self.advance(ids.shape[1])
+        logits: Tensor = found.logits[0, -keep:]
+        return logits
+
+    def _outcome(self, logits: Tensor) -> Outcome:
+        import hga_compile
+
         report = hga_compile.report()
         total = report.totals()
         if not report.layers or not total.visible:
@@ -106,10 +154,9 @@ class RoutedCandidate:
         )
         return Outcome(logits, use)
 
-    def decode(self, dense: DynamicCache, prefix: int, queries: Tensor) -> Outcome:
-        """See `Candidate.decode`; every query is routed, each over the tokens before it."""
-        return self._call(input_ids=queries, past_key_values=fill_cache(self.cache(), dense, prefix))
 
-    def whole(self, ids: Tensor, scored: int) -> Outcome:
-        """See `Candidate.whole`; every query is routed."""
-        return self._call(input_ids=ids, past_key_values=self.cache(), logits_to_keep=scored)
+def fill_cache(cache: Any, dense: DynamicCache, length: int) -> Any:
+    """Append the first `length` tokens of a dense cache to `cache`, layer by layer, and return it."""
+    for index, layer in enumerate(dense.layers):
+        cache.update(layer.keys[:, :, :length].contiguous(), layer.values[:, :, :length].contiguous(), index)
+    return cache

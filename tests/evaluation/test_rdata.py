@@ -3,7 +3,8 @@ import struct
 import zlib
 
 import pytest
-from rdata import RDataError, parse, read_strings
+
+from hga_compile.evaluation.corpora.rdata import RDataError, parse, read_strings
 
 HEADER = b"X\n" + struct.pack(">iii", 2, 0x040201, 0x020300)
 NIL = struct.pack(">i", 254)

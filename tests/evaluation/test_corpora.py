@@ -1,10 +1,11 @@
 import json
 import shutil
 
-import corpora
-import corpus_sources
 import pytest
-from corpus_sources import CorpusError, Source
+
+from hga_compile.evaluation import corpora
+from hga_compile.evaluation.corpora import CorpusError, named, sources
+from hga_compile.evaluation.corpora.sources import Source
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def counted(monkeypatch):
         built.append(folder)
         return {"one": ("One", "first\ntext"), "two": ("Two", "zwei — 二")}, "Test 1.0"
 
-    monkeypatch.setattr(corpora, "SOURCES", (Source(("one", "two", "absent"), "CC0-1.0", build),))
+    monkeypatch.setattr(named, "SOURCES", (Source(("one", "two", "absent"), "CC0-1.0", build),))
     return built
 
 
@@ -57,7 +58,7 @@ def test_unknown_and_undelivered_names_are_errors(counted, tmp_path):
         corpora.load("absent", tmp_path)
 
 
-@pytest.mark.parametrize("name", corpus_sources.STDLIB)
+@pytest.mark.parametrize("name", sources.STDLIB)
 def test_python_sources_are_always_there(tmp_path, name):
     document = corpora.load(name, tmp_path)
     assert document.licence == "PSF-2.0"
@@ -83,22 +84,21 @@ def test_without_a_package_manager_the_error_says_what_to_do(tmp_path, monkeypat
 
 def test_a_failing_command_gives_its_last_line(tmp_path):
     with pytest.raises(CorpusError, match=r"failed: .*; try again"):
-        corpus_sources._run(["ls", "--no-such-option"], tmp_path, "try again")
+        sources._run(["ls", "--no-such-option"], tmp_path, "try again")
 
 
 def test_every_name_belongs_to_one_source():
     assert len(set(corpora.names())) == len(corpora.names()) >= 15
 
 
-def test_cli_lists_without_building(counted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(corpora, "cache_folder", lambda: tmp_path)
-    assert corpora.main(["list"]) == 0
-    assert "one                      not built   CC0-1.0" in capsys.readouterr().out
+def test_the_shelf_lists_without_building(counted, tmp_path):
+    entries = corpora.shelf(tmp_path)
+    assert [(entry["name"], entry["licence"], entry["built"]) for entry in entries] == [
+        (name, "CC0-1.0", False) for name in ("one", "two", "absent")
+    ]
     assert not counted
-    assert corpora.main(["build", "one", "three"]) == 1
-    output = capsys.readouterr()
-    assert "10 characters   Test 1.0" in output.out
-    assert "no text named 'three'" in output.err
+    corpora.load("one", tmp_path)
+    assert [entry.get("characters") for entry in corpora.shelf(tmp_path)] == [10, 8, None]
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt-get")
