@@ -125,7 +125,7 @@ class Routing(Settings):
     prefill_tile: PrefillTile = "auto"
     """Queries of a prefill that share a routed set, 1 to 128; `auto`: 64 where a GPU's kernels run, else 1.
 
-    With a shared set all groups are scored: the chunk stage is left out, and `auto` is 1 where that is on.
+    The queries of a tile keep the same chunks too, if chunks are chosen. With a tail estimate `auto` is 1.
     """
 
     prefill_budget: Budget = Budget(fraction=0.055, tokens=512)

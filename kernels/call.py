@@ -160,9 +160,8 @@ class Call:
         """Whether queries of a prefill share routed sets."""
         if self.routing.prefill_tile != "auto":
             return self.routing.prefill_tile > 1
-        # The chunk stage and the tail are those of single queries.
-        single = self.routing.chunk_stage == "on" or self.index.tail is not None
-        return preferred(self.kernels, self.query.device) == "triton" and not single
+        # The tail is that of single queries.
+        return preferred(self.kernels, self.query.device) == "triton" and self.index.tail is None
 
     def need(self, phase: Literal["dense", "decode", "prefill"]) -> Need:
         """Return what the call asks of kernels; its index is up to date."""
@@ -178,6 +177,7 @@ class Call:
             paged=kv.paged,
             summary=self.routing.summary,
             chunks=self.routing.uses_chunks(self.length),
+            parts=self.routing.chunk_parts,
             shared=self._shared,
             tail=self.index.tail is not None,
             padding="" if padding is None else "left" if padding.left else "gaps",

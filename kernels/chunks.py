@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.profile import Kernels
+from hga_compile.kernels.coarse import Coarse
 from hga_compile.kernels.mean import MeanSummary
 
 __all__ = ["ChunkSummary"]
@@ -65,6 +66,13 @@ class ChunkSummary:
         parts = limit * self.parts
         part = self.part_means.scorer(parts)(query, parts)
         return part.view(*part.shape[:3], limit, self.parts).amax(-1, keepdim=True)
+
+    def tile_parts(self, chunks: int, fused: bool) -> Coarse:
+        """Return what tiles keep the first `chunks` chunks by, ``[rows, chunks * parts, padded]``.
+
+        With `fused` it is made for the kernels of `gpu_tiles`, else for `tiles.shared_groups`.
+        """
+        return self.part_means.tile_keys(chunks * self.parts, None, fused).means
 
     def nbytes(self) -> int:
         """Return the bytes allocated."""

@@ -1,9 +1,12 @@
 """Routing of a tile of queries in plain torch: cheap votes keep candidates, low-bit keys choose among them.
 
-Every query of a tile votes, so what most groups are scored by must be small: the mean of their keys, in
-8-bit floats, times queries in 8-bit floats. A query's masses are weighed by a normaliser from fewer means
+Every query of a tile votes, so what most groups are scored by must be small: the mean of their low-bit keys,
+in 8-bit floats, times queries in 8-bit floats. A query's masses are weighed by a normaliser from fewer means
 still. The groups with the most votes are then voted for again, by the low-bit keys of their tokens: a group's
 score is that of its best token. What each step costs in quality is in docs/routing.md.
+
+Where summaries are means of the keys themselves (`routing.summary: mean`, parts of chunks), they and the
+queries stay as they are: a channel that is large in all keys would hide their differences in 8 bits.
 """
 
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ __all__ = [
     "TileKeys",
     "average",
     "bases_of",
+    "exact",
     "levels_of",
     "to_eight_bits",
     "votes_by_means",
@@ -35,7 +39,7 @@ CANDIDATES = 4
 
 @dataclass(frozen=True)
 class Coarse:
-    """Vectors in 8-bit floats (4 exponent, 3 mantissa bits), each with its factor."""
+    """Vectors, each with its factor: in 8-bit floats (4 exponent, 3 mantissa bits), or as they were."""
 
     values: Tensor
     """``[..., padded]``; the dtype is one that holds them, channels past the head's own are 0."""
@@ -64,6 +68,8 @@ class TileKeys:
     """Bits of a code."""
     dim: int = 0
     """Channels of a key."""
+    chunks: Coarse | None = None
+    """``[rows, chunks * parts, padded]``: means of parts of chunks, not rotated; None: all are kept."""
 
     @property
     def refined(self) -> bool:
@@ -85,6 +91,13 @@ def to_eight_bits(vectors: Tensor) -> Coarse:
     steps = usual / LARGEST
     values = vectors.masked_fill(broken[..., None], 0.0) / steps[..., None]
     return Coarse(values.to(torch.float8_e4m3fn).float(), steps.masked_fill(broken, torch.nan))
+
+
+def exact(vectors: Tensor) -> Coarse:
+    """Keep vectors ``[..., dim]`` float32 as they are."""
+    broken = ~torch.isfinite(vectors).all(-1)
+    steps = torch.ones(broken.shape, device=vectors.device).masked_fill(broken, torch.nan)
+    return Coarse(vectors.masked_fill(broken[..., None], 0.0), steps)
 
 
 def average(keys: Tensor, size: int) -> Coarse:
@@ -125,7 +138,7 @@ def bases_of(query: Coarse, anchors: Coarse, seen: Tensor, weights: Tensor) -> T
     return base.masked_fill(torch.isneginf(base) | torch.isnan(base), torch.inf)
 
 
-def votes_by_means(query: Coarse, means: Coarse, bases: Tensor, vote: str) -> Tensor:
+def votes_by_means(query: Coarse, means: Coarse, bases: Tensor, vote: str, parts: int = 1) -> Tensor:
     """Merge the votes of all queries and query heads of a tile for groups, by their means.
 
     Parameters
@@ -133,18 +146,23 @@ def votes_by_means(query: Coarse, means: Coarse, bases: Tensor, vote: str) -> Te
     query : Coarse
         ``[rows, heads, queries, dim]``.
     means : Coarse
-        ``[rows, groups, dim]``.
+        ``[rows, groups * parts, dim]``.
     bases : Tensor
         From `bases_of`.
     vote : str
         `mass_sum` or `mass_max` (`routing.vote`), over heads and queries.
+    parts : int
+        Means of a group (or of a chunk), of which the best is its score.
 
     Returns
     -------
     Tensor
         ``[rows, groups]``: infinite for a group that is not a number, so that broken keys are attended to.
     """
-    return _votes(_scores(query, means), torch.isnan(means.steps), bases, vote)
+    broken = torch.isnan(means.steps)
+    scores = _scores(query, means).masked_fill(broken[:, None, None], -torch.inf)
+    scores, broken = scores.unflatten(-1, (-1, parts)).amax(-1), broken.unflatten(-1, (-1, parts)).any(-1)
+    return _votes(scores, broken, bases, vote)
 
 
 def votes_by_tokens(query: Coarse, levels: Tensor, scales: Tensor, bases: Tensor, vote: str) -> Tensor:

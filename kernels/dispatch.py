@@ -16,7 +16,7 @@ __all__ = ["KernelError", "Need", "Way", "choose", "covers", "give_up", "preferr
 Way = Literal["triton", "native", "reference"]
 
 _NAMES = {"triton": "Triton kernels", "native": "C++ kernels"}
-_MOST_CHANNELS, _MOST_HEADS = 256, 64
+_MOST_CHANNELS, _MOST_HEADS, _MOST_PARTS = 256, 64, 128
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,6 +43,8 @@ class Need(NamedTuple):
     summary: str = "lowbit"
     chunks: bool = False
     """Whether chunks are chosen before groups."""
+    parts: int = 1
+    """Means that stand for a chunk."""
     shared: bool = False
     """Whether queries of a prefill share routed sets."""
     tail: bool = False
@@ -145,7 +147,9 @@ def _triton_covers(need: Need) -> str | None:
         if not need.shared:
             return "a prefill of queries with routed sets of their own (routing.prefill_tile)"
         if need.tail:
-            return "a tail estimate in a prefill"
+            return "a tail estimate in a prefill (routing.tail)"
+        if need.chunks and need.parts > _MOST_PARTS:
+            return f"chunk_parts {need.parts} in a prefill (at most {_MOST_PARTS})"
     if need.padding == "gaps":
         return "padding with gaps"
     if need.padding and not need.sinks:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.hot import HotCache
-from hga_compile.kernels.plan import QueryPlan, plan_queries
+from hga_compile.kernels.plan import QueryPlan, kept_chunks, plan_queries
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.tail import TailSummary
 
@@ -112,18 +112,6 @@ def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.devi
     return Spans(sent(table, device), width, plan.last_window, attended, chunks)
 
 
-def _kept_chunks(routing: Routing, plan: QueryPlan) -> tuple[Tensor, Tensor, Tensor]:
-    """First chunk with a token, chunks before the window, and how many are kept: ``[batch or 1, 1]`` each."""
-    per_chunk = routing.chunk_size // routing.group_size
-    chunks = plan.window // per_chunk
-    # By the plan, which has a row of nothing but padding begin where it has groups to choose.
-    first = torch.minimum(plan.sink_start // per_chunk, chunks)
-    whole = plan.dense
-    if routing.chunk_stage == "auto":
-        whole = whole | (plan.visible <= routing.auto_chunk_tokens)
-    return first, chunks, torch.where(whole, chunks - first, torch.minimum(plan.chunks, chunks - first))
-
-
 def chunks_suffice(routing: Routing, plan: QueryPlan) -> bool:
     """Say whether the chunks that a query keeps hold the groups it may choose, whichever they are.
 
@@ -136,7 +124,7 @@ def chunks_suffice(routing: Routing, plan: QueryPlan) -> bool:
     plan : QueryPlan
         Of one query.
     """
-    first, chunks, kept = _kept_chunks(routing, plan)
+    first, chunks, kept = kept_chunks(routing, plan)
     per_chunk = routing.chunk_size // routing.group_size
     least = kept * per_chunk - (plan.sink_end - first * per_chunk)
     return bool(((kept == chunks - first) | (least >= plan.taken)).all())
@@ -145,7 +133,7 @@ def chunks_suffice(routing: Routing, plan: QueryPlan) -> bool:
 def _chunk_spans(routing: Routing, plan: QueryPlan, device: torch.device) -> ChunkSpans | None:
     """Plan level 1 of one query a sequence; None where it keeps all chunks, or nothing is chosen."""
     per_chunk = routing.chunk_size // routing.group_size
-    first, chunks, kept = _kept_chunks(routing, plan)
+    first, chunks, kept = kept_chunks(routing, plan)
     chosen, rest = plan.taken, plan.window % per_chunk
     if not bool(((kept < chunks - first) & (chosen > 0)).any()):
         return None

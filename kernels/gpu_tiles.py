@@ -4,6 +4,7 @@ The modules of the kernels import Triton, which not every machine has: they are 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,18 +38,22 @@ def tile_spans(tiles: Tiles, refined: bool, starts: Tensor | None, device: torch
     Returns
     -------
     Tensor
-        ``[2, tiles, batch or 1, 8]`` int32. Lines as `Spans.table` has them, and the first entry of the
+        ``[2 or 3, tiles, batch or 1, 8]`` int32. Lines as `Spans.table` has them, and the first entry of the
         anchors that a tile sees, and the one past the last. Then such lines for the choice of candidates:
-        without sinks and window.
+        without sinks and window. Then, if chunks are chosen, such lines for them: the window is the chunk
+        that the groups' begins in, the anchors are parts.
     """
     plan = tiles.plan
     starts = torch.zeros(1, 1, dtype=torch.int64, device="cpu") if starts is None else starts
     own = (plan.sink_start, plan.sink_end, plan.window, plan.taken, tiles.last, starts)
     none = (plan.sink_end, plan.sink_end, plan.window, tiles.candidates, plan.window, starts)
-    anchors = tiles.anchors(refined)
+    anchors, level = tiles.anchors(refined), tiles.chunks
+    lines = [(*own, *anchors), (*none, *anchors)]
+    if level is not None:
+        first, chunks, parts = level.first, level.chunks, level.parts
+        lines.append((first, first, chunks, level.kept, level.last, starts, first * parts, chunks * parts))
     tables = [
-        torch.stack([part.expand(tiles.last.shape) for part in (*parts, *anchors)], -1).transpose(0, 1)
-        for parts in (own, none)
+        torch.stack([part.expand(tiles.last.shape) for part in line], -1).transpose(0, 1) for line in lines
     ]
     return sent(torch.stack(tables).to(torch.int32), device)
 
@@ -63,7 +68,7 @@ def tile_keys(
 
 
 def coarse_means(means: Tensor, groups: int) -> Coarse:
-    """Round means of groups (see `triton_coarse.coarse_means`)."""
+    """Prepare means of groups (see `triton_coarse.coarse_means`)."""
     from hga_compile.kernels import triton_coarse
 
     return triton_coarse.coarse_means(means, groups)
@@ -124,17 +129,20 @@ def prefill_tiles(
     out = query.new_empty(batch, kv_heads, heads, queries, value.shape[2])
     logits = None if scoring.sinks is None else scoring.sinks.float()
     shared = rows // spans.shape[2]
-    # Votes are the largest of what a run needs.
-    step = max(1, _RUN_BYTES // (12 * rows * keys.means.steps.shape[1]))
+    # The largest of what a run needs: votes, and queries in 16 bits.
+    own = tiles.size * heads * keys.means.values.shape[2] * (2 if keys.chunks or not keys.refined else 0)
+    step = max(1, _RUN_BYTES // (rows * (12 * keys.means.steps.shape[1] + own)))
     for begin in range(0, tiles.number, step):
         number = min(step, tiles.number - begin)
-        table, candidates = spans[:, begin : begin + number].flatten(1, 2)
-        asked = coarse_queries(
-            query, first, tiles.first + begin, number, tiles.size, scale, turn=keys.refined
-        )
-        chosen = _choose_for_tiles(asked, keys, tiles, begin, number, table, candidates, routing, shared)
+        tables = spans[:, begin : begin + number].flatten(1, 2)
+        ask = partial(coarse_queries, query, first, tiles.first + begin, number, tiles.size, scale)
+        asked = straight = ask(turn=keys.refined)
+        if keys.refined and keys.chunks is not None:
+            straight = ask(turn=False)
+        run = slice(begin, begin + number)
+        chosen = _choose_for_tiles(asked, straight, keys, tiles, run, tables, routing, shared)
         attend_tiles(
-            key, value, chosen, table, query, out, logits, first=first, tile=tiles.first + begin,
+            key, value, chosen, tables[0], query, out, logits, first=first, tile=tiles.first + begin,
             tiles=number, size=tiles.size, group_size=routing.group_size, scale=scale,
             softcap=scoring.softcap, rows_of_span=shared,
         )  # fmt: skip
@@ -145,30 +153,38 @@ def prefill_tiles(
 
 def _choose_for_tiles(
     query: Coarse,
+    straight: Coarse,
     keys: TileKeys,
     tiles: Tiles,
-    begin: int,
-    number: int,
-    table: Tensor,
-    candidates: Tensor,
+    run: slice,
+    tables: Tensor,
     routing: Routing,
     shared: int,
 ) -> Tensor:
     """List the groups of a run of tiles, ``[tiles * rows, width]`` int32."""
     from hga_compile.kernels.triton_select import select_groups
     from hga_compile.kernels.triton_tile_refine import votes_by_tokens
-    from hga_compile.kernels.triton_tile_vote import bases_of, votes_by_means
+    from hga_compile.kernels.triton_tile_vote import KeptChunks, bases_of, votes_by_means
 
     def longest(part: Tensor) -> int:
-        return max(1, int(part[:, begin : begin + number].max()))
+        return max(1, int(part[:, run].max()))
 
-    most, width = routing.vote == "mass_max", longest(tiles.listed)
+    table, candidates = tables[0], tables[1]
+    most, width, groups = routing.vote == "mass_max", longest(tiles.listed), longest(tiles.plan.window)
+    kept, level = None, tiles.chunks
+    if level is not None and keys.chunks is not None:
+        bases = bases_of(straight, keys.chunks, 0, 1, tables[2], shared)
+        votes, _ = votes_by_means(
+            straight, keys.chunks, bases, longest(level.chunks), tables[2], most, shared, parts=level.parts
+        )
+        chunks = select_groups(votes, tables[2], longest(level.listed), shared)
+        kept = KeptChunks(chunks, tables[2], level.groups)
     singles, block = (SINGLES, BLOCK) if keys.refined else (0, 1)
     bases = bases_of(query, keys.anchors, singles, block, table, shared)
-    votes = votes_by_means(query, keys.means, bases, longest(tiles.plan.window), table, most, shared)
+    votes, names = votes_by_means(query, keys.means, bases, groups, table, most, shared, kept=kept)
     if keys.codes is None or keys.scales is None:
-        return select_groups(votes, table, width, shared)
-    names = select_groups(votes, candidates, longest(tiles.candidates), shared)
+        return select_groups(votes, table, width, shared, names)
+    names = select_groups(votes, candidates, longest(tiles.candidates), shared, names)
     votes = votes_by_tokens(
         query, keys.codes, keys.scales, names, bases, candidates, group_size=routing.group_size,
         bits=routing.bits, dim=keys.dim, most=most, rows_of_span=shared,

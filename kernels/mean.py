@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels.coarse import TileKeys, average
+from hga_compile.kernels.coarse import TileKeys, exact
 from hga_compile.kernels.dispatch import triton_serves
 from hga_compile.kernels.gpu import store_means
 from hga_compile.kernels.gpu_tiles import coarse_means
@@ -75,8 +75,8 @@ class MeanSummary:
         return score
 
     def tile_keys(self, groups: int, starts: Tensor | None, fused: bool) -> TileKeys:
-        """Return what tiles are routed by (see `summaries.Summary`): the means."""
-        means = coarse_means(self.means, groups) if fused else average(self.means[:, :groups].float(), 1)
+        """Return what tiles are routed by (see `summaries.Summary`): the means, as exact as they are."""
+        means = coarse_means(self.means, groups) if fused else exact(self.means[:, :groups].float())
         return TileKeys(means, means)
 
     def turned(self, query: Tensor) -> Tensor:

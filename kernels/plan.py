@@ -9,7 +9,7 @@ from torch import Tensor
 from hga_compile.configs.budget import Budget, Window
 from hga_compile.configs.routing import Routing
 
-__all__ = ["QueryPlan", "per_row", "plan_queries", "tokens_for"]
+__all__ = ["QueryPlan", "kept_chunks", "per_row", "plan_queries", "tokens_for"]
 
 # The same guard against rounding up 0.07 * 100 as configs.budget has.
 _ROUNDING = 1.0 - 1e-12
@@ -132,6 +132,31 @@ def _plan(
         certain=int(window.min()) if unpadded else 0,
         last_window=int(window.max()),
     )
+
+
+def kept_chunks(routing: Routing, plan: QueryPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """First chunk with a token, chunks before the window, and how many are kept.
+
+    Parameters
+    ----------
+    routing : Routing
+        Settings of the layer.
+    plan : QueryPlan
+        The queries.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``[batch or 1, queries]`` int64 each.
+    """
+    per_chunk = routing.chunk_size // routing.group_size
+    chunks = plan.window // per_chunk
+    # By the plan, which has a row of nothing but padding begin where it has groups to choose.
+    first = torch.minimum(plan.sink_start // per_chunk, chunks)
+    whole = plan.dense
+    if routing.chunk_stage == "auto":
+        whole = whole | (plan.visible <= routing.auto_chunk_tokens)
+    return first, chunks, torch.where(whole, chunks - first, torch.minimum(plan.chunks, chunks - first))
 
 
 def per_row(part: Tensor, rows: int, device: torch.device) -> Tensor:

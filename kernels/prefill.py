@@ -1,5 +1,6 @@
 """A prefill: many queries, each routed by itself or in tiles that share a routed set."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -119,6 +120,9 @@ def _shared_tiles(call: Call, size: int) -> Tensor:
             begun = (starts // routing.group_size).clamp(max=needed - 1) * routing.group_size
             begun = begun[:, 0].repeat_interleave(rows // len(begun)).to(call.query.device)
         keys = summary.tile_keys(needed, begun, call.way == "triton")
+        if tiles.chunks is not None and call.index.chunks is not None:
+            parts = call.index.chunks.tile_parts(int(tiles.chunks.chunks.max()), call.way == "triton")
+            keys = replace(keys, chunks=parts)
     if keys is not None:
         call.count_scored(int(tiles.plan.window.sum()) * (rows // len(tiles.plan.window)) // rows)
     key, value = call.kv.read(0, call.length)
@@ -138,15 +142,17 @@ def _shared_tiles(call: Call, size: int) -> Tensor:
         whole = call.length // routing.group_size
         real = padding.rows(rows)[:, : whole * routing.group_size].unflatten(-1, (whole, -1)).any(-1)
     turned = call.scaled if summary is None else summary.turned(call.scaled)
-    parts = []
+    out = []
     for number in range(tiles.number):
         begin = max(0, (tiles.first + number) * size - call.first)
         stop = min(queries, (tiles.first + number + 1) * size - call.first)
         tokens = call.first + stop
-        marks = shared_groups(turned[:, :, begin:stop], keys, tiles, number, routing.vote, real)
+        marks = shared_groups(
+            turned[:, :, begin:stop], keys, tiles, number, routing.vote, real, call.scaled[:, :, begin:stop]
+        )
         allowed = marks.repeat_interleave(routing.group_size, -1)[:, None, :tokens].expand(rows, -1, -1)
-        parts.append(_attend_allowed(call, key, value, allowed, begin, stop))
-    return torch.cat(parts, 3)
+        out.append(_attend_allowed(call, key, value, allowed, begin, stop))
+    return torch.cat(out, 3)
 
 
 def _record_tiles(call: Call, tiles: Tiles, number: int, groups: Tensor) -> None:

@@ -17,6 +17,7 @@ from hga_compile.kernels.coarse import (
     SINGLES,
     TileKeys,
     bases_of,
+    exact,
     levels_of,
     to_eight_bits,
     votes_by_means,
@@ -24,6 +25,7 @@ from hga_compile.kernels.coarse import (
 )
 from hga_compile.kernels.levels import decode_levels
 from hga_compile.kernels.plan import QueryPlan, per_row, plan_queries
+from hga_compile.kernels.tile_chunks import TileChunks, best_of, kept_groups, plan_chunks
 
 __all__ = ["Tiles", "plan_tiles", "shared_groups"]
 
@@ -42,6 +44,8 @@ class Tiles:
     """Of the first query of each tile, with the budget of a shared set."""
     last: Tensor
     """int64: groups in all, up to that of the tile's last query."""
+    chunks: TileChunks | None = None
+    """Which chunks are kept first; None: all of them."""
 
     @property
     def number(self) -> int:
@@ -62,7 +66,8 @@ class Tiles:
     @property
     def candidates(self) -> Tensor:
         """Groups that are voted for a second time, int64."""
-        return torch.minimum(self.plan.taken * CANDIDATES, self.between)
+        available = self.between if self.chunks is None else self.chunks.available
+        return torch.minimum(self.plan.taken * CANDIDATES, available)
 
     def anchors(self, refined: bool) -> tuple[Tensor, Tensor]:
         """Return the first entry of `coarse.TileKeys.anchors` that a tile sees, and the one past the last."""
@@ -99,7 +104,7 @@ def plan_tiles(routing: Routing, first: int, queries: int, key_mask: Tensor | No
     Parameters
     ----------
     routing : Routing
-        Budgets, sinks, window, `dense_below`.
+        Budgets, sinks, window, `dense_below`, chunk stage.
     first, queries : int
         Position of the first query and their number.
     key_mask : Tensor or None
@@ -112,11 +117,18 @@ def plan_tiles(routing: Routing, first: int, queries: int, key_mask: Tensor | No
     plan = plan_queries(routing.shared(), begin * size, number, key_mask, size)
     ends = (torch.arange(begin + 1, begin + number + 1, device="cpu") * size).clamp(max=length)
     last = ((ends - 1) // routing.group_size + 1).expand(len(plan.window), -1)
-    return Tiles(size, routing.group_size, begin, plan, last)
+    chunks = plan_chunks(routing, plan) if routing.uses_chunks(length) else None
+    return Tiles(size, routing.group_size, begin, plan, last, chunks)
 
 
 def shared_groups(
-    query: Tensor, keys: TileKeys | None, tiles: Tiles, tile: int, vote: str, real: Tensor | None
+    query: Tensor,
+    keys: TileKeys | None,
+    tiles: Tiles,
+    tile: int,
+    vote: str,
+    real: Tensor | None,
+    straight: Tensor | None = None,
 ) -> Tensor:
     """Mark the groups that the queries of one tile attend to, in plain torch.
 
@@ -135,6 +147,8 @@ def shared_groups(
         `routing.vote`.
     real : Tensor or None
         ``[rows, groups]`` bool: groups with a token that is not padding; None: all.
+    straight : Tensor or None
+        The query as it was before it was rotated, for the chunks; None: it is not rotated.
 
     Returns
     -------
@@ -157,27 +171,25 @@ def shared_groups(
     weights = torch.ones(len(entry), device=device)
     if keys.refined:
         weights[SINGLES:] = BLOCK
-    asked = to_eight_bits(query)
+    asked = to_eight_bits(query) if keys.refined else exact(query)
     bases = bases_of(asked, keys.anchors, (entry >= first) & (entry < last), weights)
     candidate = (number[:groups] >= end) & (number[:groups] < window)
     if real is not None:
         candidate = candidate & real[:, :groups]
+    if tiles.chunks is not None and keys.chunks is not None:
+        level = tiles.chunks
+        candidate = candidate & kept_groups(
+            query if straight is None else straight, keys.chunks, own(level.first), own(level.chunks),
+            own(level.kept), vote, level, groups, real,
+        )  # fmt: skip
     votes = votes_by_means(asked, keys.means.first(groups), bases, vote)
     if keys.codes is not None and keys.scales is not None:
-        candidate = _best(votes, candidate, own(tiles.candidates))
+        candidate = best_of(votes, candidate, own(tiles.candidates))
         tokens, dim = groups * tiles.group_size, query.shape[3]
         levels = levels_of(decode_levels(keys.codes[:, :, :tokens], keys.bits, dim), keys.bits)
         levels = levels.transpose(1, 2).unflatten(1, (groups, -1))
         scales = keys.scales[:, :tokens].float().unflatten(1, (groups, -1))
         votes = votes_by_tokens(asked, levels, scales, bases, vote)
     marks = marks.expand(rows, -1).clone()
-    marks[:, :groups] |= _best(votes, candidate, own(plan.chosen))
+    marks[:, :groups] |= best_of(votes, candidate, own(plan.chosen))
     return marks
-
-
-def _best(votes: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
-    """Mark the `count` candidates with the most votes, the first ones of equal ones: ``[rows, groups]``."""
-    best = votes.masked_fill(~candidate, -1.0).sort(stable=True, dim=-1, descending=True)
-    rank = torch.arange(votes.shape[1], device=votes.device)
-    wanted = (best.values >= 0) & (rank < count)
-    return torch.zeros_like(wanted).scatter_(-1, best.indices, wanted)

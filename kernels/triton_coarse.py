@@ -1,4 +1,4 @@
-"""Triton: keys and queries in 8-bit floats, for the votes of tiles (reference: `coarse`)."""
+"""Triton: what tiles are routed by, in 8-bit floats or as exact as it was (reference: `coarse`)."""
 
 import torch
 import triton
@@ -53,7 +53,7 @@ def coarse_codes(
 
 
 def coarse_means(means: Tensor, groups: int) -> Coarse:
-    """Round means of groups.
+    """Scale means of groups by powers of two, so that half precision holds them as they are.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def coarse_means(means: Tensor, groups: int) -> Coarse:
         ``[rows, groups, padded]``.
     """
     rows, _, dim = means.shape
-    made = _empty((rows, groups), dim, means.device)
+    made = _empty((rows, groups), dim, means.device, torch.float16)
     strides = (means.stride(0), 0, 0, means.stride(1))
     _round_rows[(triton.cdiv(groups, _ROWS), 1, rows)](
         means, *strides, means, made.values, made.steps, 0, 0, groups, groups, 1.0, 1, groups,
@@ -81,7 +81,10 @@ def coarse_means(means: Tensor, groups: int) -> Coarse:
 def coarse_queries(
     query: Tensor, first: int, tile: int, tiles: int, size: int, scale: float, turn: bool
 ) -> Coarse:
-    """Round the queries of a run of tiles, rotated as low-bit keys are.
+    """Prepare the queries of a run of tiles, for low-bit keys or for means.
+
+    For low-bit keys they are rotated and rounded to 8-bit floats; for means they are scaled by powers of two,
+    which half precision holds but for the last bits of float32.
 
     Parameters
     ----------
@@ -94,7 +97,7 @@ def coarse_queries(
     scale : float
         Softmax scale.
     turn : bool
-        Whether the keys are rotated.
+        Whether the keys are low-bit ones, which are rotated.
 
     Returns
     -------
@@ -105,7 +108,7 @@ def coarse_queries(
     batch, kv_heads, heads, queries, dim = query.shape
     rows, lines = batch * kv_heads, triton.cdiv(size * heads, _LINES) * _LINES
     times = min(_TIMES, triton.cdiv(lines, _ROWS))
-    made = _empty((rows, tiles, lines), dim, query.device)
+    made = _empty((rows, tiles, lines), dim, query.device, None if turn else torch.float16)
     _round_rows[(triton.cdiv(lines, _ROWS * times), tiles, rows)](
         query, query.stride(0), query.stride(1), query.stride(2), query.stride(3),
         half_rotation(dim, query.device), made.values, made.steps, first, tile, first + queries, size,
@@ -116,8 +119,11 @@ def coarse_queries(
     return made
 
 
-def _empty(shape: tuple[int, ...], dim: int, device: torch.device) -> Coarse:
-    values = torch.empty(*shape, max(32, triton.next_power_of_2(dim)), dtype=_carrier(device), device=device)
+def _empty(
+    shape: tuple[int, ...], dim: int, device: torch.device, dtype: torch.dtype | None = None
+) -> Coarse:
+    padded = max(32, triton.next_power_of_2(dim))
+    values = torch.empty(*shape, padded, dtype=dtype or _carrier(device), device=device)
     return Coarse(values, torch.empty(shape, dtype=torch.float32, device=device))
 
 
@@ -210,6 +216,10 @@ def _round_rows(
         peak = tl.max(tl.abs(vector), 1)
         broken = tl.sum(tl.where(tl.abs(vector) < float("inf"), 0, 1), 1) > 0
         base = tl.where((peak > 0) & (broken == 0), peak, 1.0)
+        if not TURN:
+            # Of the largest magnitude its exponent alone: nothing is rounded.
+            base = (base.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            base = tl.maximum(base, 1.1754943508222875e-38)
         # Scaled first: half precision is more than enough for what is rounded to 8 bits.
         vector = tl.where(broken[:, None], 0.0, vector) / base[:, None]
         to = (row * tl.num_programs(1) + tl.program_id(1)) * lines + line
@@ -229,9 +239,12 @@ def _round_rows(
         else:
             if TURN:
                 vector = tl.dot(vector.to(tl.float16), rotate)
-            largest = tl.max(tl.abs(vector), 1)
-            step = tl.where(largest > 0, largest, 1.0) / LARGEST
-            value = _eight_bits(vector / step[:, None]).to(values.dtype.element_ty)
+                largest = tl.max(tl.abs(vector), 1)
+                step = tl.where(largest > 0, largest, 1.0) / LARGEST
+                vector = _eight_bits(vector / step[:, None])
+            else:
+                step = tl.full([ROWS], 1.0, tl.float32)
+            value = vector.to(values.dtype.element_ty)
             tl.store(value_at + channel[None, :], value, mask=wanted[:, None])
         step = tl.where(broken | (real == 0), float("nan"), base * step * scale)
         tl.store(steps + to, step, mask=wanted)

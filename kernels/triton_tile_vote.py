@@ -1,5 +1,7 @@
 """Triton: votes of a tile of queries for the groups of a KV head (reference: `coarse`)."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,19 @@ from torch import Tensor
 from hga_compile.kernels.coarse import Coarse
 from hga_compile.kernels.triton_select import Votes
 
-__all__ = ["bases_of", "votes_by_means"]
+__all__ = ["KeptChunks", "bases_of", "votes_by_means"]
+
+
+@dataclass(frozen=True)
+class KeptChunks:
+    """The chunks that tiles keep: only groups inside them are voted for."""
+
+    chunks: Tensor
+    """``[tiles * rows, width]`` int32, ascending, from `triton_select.select_groups`."""
+    spans: Tensor
+    """``[tiles * lines of a tile, SPAN]`` int32: the lines that they were chosen by."""
+    groups: int
+    """Groups of a chunk."""
 
 
 def bases_of(
@@ -37,17 +51,27 @@ def bases_of(
     rows, tiles, lines, padded = query.values.shape
     bases = torch.empty(rows, tiles, lines, dtype=torch.float32, device=query.steps.device)
     together = 128 if lines % 128 == 0 and padded <= 128 else 64
+    wide = padded * query.values.element_size() > 256
     _normalise[(tiles * (lines // together), rows)](
         query.values, query.steps, anchors.values, anchors.steps, spans, bases, anchors.steps.shape[1], tiles,
         lines, rows_of_span, singles, float(block),
-        SPAN=spans.shape[1], DIM=padded, LINES=together, GROUPS=64, num_warps=4,
+        SPAN=spans.shape[1], DIM=padded, LINES=together, GROUPS=32 if wide else 64, num_warps=4,
     )  # fmt: skip
     return bases
 
 
 def votes_by_means(
-    query: Coarse, means: Coarse, bases: Tensor, groups: int, spans: Tensor, most: bool, rows_of_span: int
-) -> Votes:
+    query: Coarse,
+    means: Coarse,
+    bases: Tensor,
+    groups: int,
+    spans: Tensor,
+    most: bool,
+    rows_of_span: int,
+    *,
+    parts: int = 1,
+    kept: KeptChunks | None = None,
+) -> tuple[Votes, Tensor | None]:
     """Let every query and head of each tile vote for the groups before the window by their means.
 
     Parameters
@@ -55,28 +79,43 @@ def votes_by_means(
     query, spans, rows_of_span
         As `bases_of` takes them.
     means : Coarse
-        ``[rows, >= groups, padded]``.
+        ``[rows, >= groups * parts, padded]``.
     bases : Tensor
         From `bases_of`.
     groups : int
         Groups to look at: all up to the last window of these tiles.
     most : bool
         Whether the vote is the greatest mass rather than the sum.
+    parts : int
+        Means of a group (or of a chunk, if these are voted for), of which the best is its score.
+    kept : KeptChunks or None
+        The chunks whose groups are voted for; None: all.
 
     Returns
     -------
-    Votes
-        ``[tiles * rows, groups]``, those of the first tile first.
+    votes : Votes
+        ``[tiles * rows, groups]``, those of the first tile first; of kept chunks the groups are counted one
+        chunk after another.
+    names : Tensor or None
+        Same shape, int32: the groups of kept chunks as the sequence counts them.
     """
     rows, tiles, lines, padded = query.values.shape
-    block = 128
+    held, several = means.steps.shape[1], triton.next_power_of_2(parts)
+    wide = padded * query.values.element_size() > 256
+    block = max(1, (64 if wide else 128) // several)
+    names, chunks, table, width = None, None, None, 0
+    if kept is not None:
+        chunks, table, width = kept.chunks, kept.spans, kept.chunks.shape[1]
+        groups = width * kept.groups
+        names = torch.empty(tiles * rows, groups, dtype=torch.int32, device=query.steps.device)
     votes = torch.empty(tiles * rows, groups, dtype=torch.float32, device=query.steps.device)
     _vote[(triton.cdiv(groups, block), tiles, rows)](
-        query.values, query.steps, means.values, means.steps, spans, bases, votes,
-        means.steps.shape[1], groups, tiles, lines, rows_of_span,
-        SPAN=spans.shape[1], DIM=padded, LINES=32, GROUPS=block, MOST=most, num_warps=4,
+        query.values, query.steps, means.values, means.steps, spans, bases, votes, chunks, table, names,
+        held, groups, tiles, lines, rows_of_span, width,
+        SPAN=spans.shape[1], DIM=padded, LINES=32, GROUPS=block, MOST=most, PARTS=parts, SEVERAL=several,
+        CHUNK=0 if kept is None else kept.groups, num_warps=4,
     )  # fmt: skip
-    return Votes(votes)
+    return Votes(votes), names
 
 
 @triton.jit(do_not_specialize=["held", "tiles", "lines", "rows_of_span", "singles"])
@@ -158,26 +197,47 @@ def _absorb(
     return most, total * tl.exp2(peak * step - base) + tl.sum(mass, 1)
 
 
-@triton.jit(do_not_specialize=["held", "groups", "tiles", "lines", "rows_of_span"])
+@triton.jit(do_not_specialize=["held", "groups", "tiles", "lines", "rows_of_span", "width"])
 def _vote(
-    queries, query_steps, keys, key_steps, spans, bases, votes, held, groups, tiles, lines,
-    rows_of_span,
+    queries, query_steps, keys, key_steps, spans, bases, votes, kept, kept_spans, names, held, groups, tiles,
+    lines, rows_of_span, width,
     SPAN: tl.constexpr, DIM: tl.constexpr, LINES: tl.constexpr, GROUPS: tl.constexpr,
-    MOST: tl.constexpr,
+    MOST: tl.constexpr, PARTS: tl.constexpr, SEVERAL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     tile = tiles - 1 - tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     place = tile * tl.num_programs(2) + row
     span = spans + place // rows_of_span * SPAN
     sink_end, end = tl.load(span + 1), tl.load(span + 2)
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    entry = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    group = entry
+    inside = (group >= sink_end) & (group < end)
+    any_here = tl.program_id(0) * GROUPS < end
+    if kept is not None:
+        own = kept_spans + place // rows_of_span * SPAN
+        count = tl.load(own + 3) + tl.load(own + 4) - tl.load(own + 2)
+        listed = entry // CHUNK < count
+        group = tl.load(kept + place * width + entry // CHUNK, mask=listed, other=0) * CHUNK + entry % CHUNK
+        inside = listed & (group >= sink_end) & (group < end)
+        tl.store(names + place * groups + entry, group, mask=entry < groups)
+        any_here = tl.program_id(0) * GROUPS < count * CHUNK
     vote = tl.full([GROUPS], -1.0, tl.float32)
-    if tl.program_id(0) * GROUPS < end:
-        inside = (group >= sink_end) & (group < end)
+    if any_here:
         channel = tl.arange(0, DIM)
-        of_group = (row * held + group)[:, None] * DIM + channel[None, :]
-        key = tl.load(keys + of_group, mask=inside[:, None], other=0.0)
-        unit = tl.load(key_steps + row * held + group, mask=inside, other=0.0)
+        member, used = group, inside
+        if SEVERAL > 1:
+            # Parts of one lie far apart: the best of them is found within a thread. Some are there twice.
+            index = tl.arange(0, SEVERAL * GROUPS)
+            member = tl.program_id(0) * GROUPS + index % GROUPS
+            used = (member >= sink_end) & (member < end)
+            member = member * PARTS + tl.minimum(index // GROUPS, PARTS - 1)
+        of_member = (row * held + member)[:, None] * DIM + channel[None, :]
+        key = tl.load(keys + of_member, mask=used[:, None], other=0.0)
+        unit = tl.load(key_steps + row * held + member, mask=used, other=0.0)
+        lost = unit != unit
+        unit = tl.where(lost, 0.0, unit)
+        if SEVERAL > 1:
+            lost = tl.max(tl.reshape(lost.to(tl.int32), [SEVERAL, GROUPS]), 0) > 0
         masses = tl.zeros([GROUPS, LINES], tl.float32)
         number = tl.arange(0, LINES)
         for begin in tl.range(0, lines, LINES, num_stages=3):
@@ -187,9 +247,11 @@ def _vote(
             # A line without a vote has an infinite base, and a step that may be no number.
             step = tl.where(base == float("inf"), 0.0, tl.load(query_steps + line))
             score = tl.dot(key, tl.trans(query)) * unit[:, None]
+            if SEVERAL > 1:
+                score = tl.max(tl.reshape(score, [SEVERAL, GROUPS, LINES]), 0)
             mass = tl.exp2(score * step[None, :] - base[None, :])
             masses = tl.maximum(masses, mass) if MOST else masses + mass
         vote = tl.max(masses, 1) if MOST else tl.sum(masses, 1)
-        vote = tl.where(unit == unit, vote, float("inf"))
+        vote = tl.where(lost, float("inf"), vote)
         vote = tl.where(inside, vote, -1.0)
-    tl.store(votes + place * groups + group, vote, mask=group < groups)
+    tl.store(votes + place * groups + entry, vote, mask=entry < groups)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -89,12 +90,17 @@ def check(
     scoring: Scoring | None = None,
     pads: list[int] | None = None,
     dense_below: int = 0,
+    chunk: int | None = None,
+    parts: int = 1,
+    chunk_tokens: int = 64,
 ) -> None:
     """Run a prefill; each tile is routed to groups that no other beats, what it attends to is exact."""
     scoring, rows, scale = scoring or Scoring(), batch * kv_heads, dim**-0.5
     setting = Routing(
         group_size=size, bits=bits, vote=vote, budget=Budget(tokens=8), window=Window(tokens=6),
         prefill_budget=Budget(fraction=fraction, tokens=24), dense_below=dense_below, centre_tokens=8,
+        chunk_stage="on" if chunk else "off", chunk_size=chunk or 64, chunk_parts=parts,
+        chunk_budget=Budget(tokens=chunk_tokens),
     )  # fmt: skip
     key, value = (spread(torch.randn(rows, tokens, part, device=place).to(dtype)) for part in (dim, v_dim))
     query = spread(2 * torch.randn(batch, kv_heads, heads, tokens - first, dim, device=place)).to(dtype)
@@ -118,8 +124,14 @@ def check(
         made = gpu_tiles.tile_keys(wide.transpose(1, 2), scales, known, size, bits, dim, begun)
     else:
         means = key.float()[:, : known * size].unflatten(1, (-1, size)).mean(2).to(torch.float16)
-        there, here = gpu_tiles.coarse_means(means, known), coarse.average(means.float(), 1)
+        there, here = gpu_tiles.coarse_means(means, known), coarse.exact(means.float())
         made, reference = coarse.TileKeys(there, there), coarse.TileKeys(here, here)
+    assert (tiles.chunks is None) == (chunk is None)
+    if tiles.chunks is not None:
+        count = int(tiles.chunks.chunks.max()) * parts
+        means = key.float()[:, : count * (chunk or 1) // parts].unflatten(1, (count, -1)).mean(2)
+        made = replace(made, chunks=gpu_tiles.coarse_means(means.to(torch.float16), count))
+        reference = replace(reference, chunks=coarse.exact(means.to(torch.float16).float()))
     for there, want in ((made.means, reference.means), (made.anchors, reference.anchors)):
         assert bool((there.values[..., dim:].float() == 0).all())
         count = min(there.steps.shape[1], want.steps.shape[1])
@@ -135,7 +147,8 @@ def check(
         listed=keep(lists),
     )  # fmt: skip
     assert out.dtype == dtype and out.shape == (batch, kv_heads, heads, tokens - first, v_dim)
-    turned = (query.float() * scale).flatten(0, 1) @ rotate
+    straight = (query.float() * scale).flatten(0, 1)
+    turned = straight @ rotate
     real = None
     if mask is not None:
         groups = tokens // size
@@ -151,9 +164,9 @@ def check(
         stop = min(tokens - first, (tiles.first + number + 1) * tile - first)
         end = first + stop
         marks = marks_of(tiles, lists, number, kv_heads)
-        wanted = shared_groups(turned[:, :, begin:stop], reference, tiles, number, vote, real).expand(
-            rows, -1
-        )
+        wanted = shared_groups(
+            turned[:, :, begin:stop], reference, tiles, number, vote, real, straight[:, :, begin:stop]
+        ).expand(rows, -1)
         token = torch.arange(end, device=place)
         visible = token <= torch.arange(first + begin, end, device=place)[:, None]
         visible = (
@@ -219,6 +232,18 @@ def test_every_group_size_and_summary(place, size, summary):
     check(place, size=size, summary=summary, tokens=150, fraction=0.4)
 
 
+@pytest.mark.parametrize("summary", ["lowbit", "mean"])
+@pytest.mark.parametrize(
+    ("chunk", "parts", "vote"), [(16, 1, "mass_sum"), (16, 4, "mass_max"), (24, 3, "mass_sum")]
+)
+def test_groups_are_chosen_inside_the_chunks_with_the_most_votes(place, summary, chunk, parts, vote):
+    check(place, summary=summary, chunk=chunk, parts=parts, vote=vote, tokens=240)
+
+
+def test_chunks_of_rows_with_padding(place):
+    check(place, batch=3, pads=[0, 75, 140], chunk=16, parts=2, chunk_tokens=16)
+
+
 @pytest.mark.parametrize(("heads", "tile"), [(1, 64), (8, 16), (16, 5)])
 def test_every_number_of_heads_and_queries_in_a_tile(place, heads, tile):
     check(place, heads=heads, tile=tile, tokens=150)
@@ -237,6 +262,15 @@ def test_a_prompt_from_its_beginning_with_dense_queries(place):
 @pytest.mark.parametrize(("dim", "heads"), [(64, 3), (80, 1), (96, 4), (128, 8), (256, 2)])
 def test_the_sizes_that_models_have(place, dtype, dim, heads):
     check(place, dim=dim, v_dim=dim, heads=heads, tokens=2500, first=300, tile=64, dtype=dtype, fraction=0.1)
+
+
+@large
+@pytest.mark.parametrize(("dim", "heads"), [(64, 3), (128, 8), (256, 2)])
+def test_the_setting_of_the_paper(place, dim, heads):
+    check(
+        place, dim=dim, v_dim=dim, heads=heads, tokens=2500, first=300, tile=64, dtype=torch.bfloat16,
+        fraction=0.1, summary="mean", size=16, chunk=64, chunk_tokens=512,
+    )  # fmt: skip
 
 
 @large
@@ -269,9 +303,9 @@ def test_runs_of_tiles_are_joined(place, monkeypatch):
 
 
 @large
-@pytest.mark.parametrize("summary", ["lowbit", "mean"])
-def test_the_ops_give_what_they_give_on_a_cpu(place, summary):
-    setting = routing(prefill_tile=16, summary=summary, prefill_budget=Budget(fraction=0.2, tokens=32))
+@pytest.mark.parametrize("changes", [{}, {"summary": "mean"}, {"chunk_stage": "on"}])
+def test_the_ops_give_what_they_give_on_a_cpu(place, changes):
+    setting = routing(prefill_tile=16, prefill_budget=Budget(fraction=0.2, tokens=32), **changes)
     given = inputs(tokens=300, batch=2, mask=left_padding([300, 215], 300))
     real = given.mask[:, None, :, None]
     for steps in (None, [100, 200]):

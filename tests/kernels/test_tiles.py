@@ -41,11 +41,22 @@ def naive_set(setting: Routing, given, tile: int, row: tuple[int, int]) -> set[i
     window = max(0, visible - shared.window.tokens_for(budget)) // group
     sinks = min(-(-setting.sinks // group), window)
     keys = given.key[batch, head].double()
+    heads = given.query.shape[1] // given.key.shape[1]
+    asked = given.query[batch, head * heads : (head + 1) * heads, first : last + 1].double().flatten(0, 1)
+    asked = asked * given.scale
+    taken = min((budget - (visible - window * group) - sinks * group) // group, window - sinks)
+    between = naive_kept(setting, keys, asked, budget, window, visible, range(sinks, window))
+    if setting.summary == "mean":
+        means = keys[: window * group].unflatten(0, (window, group)).mean(1).bfloat16().double()
+        votes = torch.softmax(asked @ means.T, -1).sum(0)
+        if setting.vote == "mass_max":
+            votes = torch.softmax(asked @ means.T, -1).amax(0)
+        best = sorted(between, key=lambda number: -votes[number])[: max(0, taken)]
+        return {*range(sinks), *best, *range(window, last // group + 1)}
     rotate = rotation(keys.shape[1], keys.device).double()
     centred = (keys - keys[: setting.centre_tokens].mean(0)) @ rotate
     codes, scales = encode_keys(centred[None].float(), setting.bits)
     low = decode_keys(codes, scales, setting.bits, keys.shape[1])[0]
-    heads = given.query.shape[1] // given.key.shape[1]
     ends = [t for t in range(1, 17) if t <= window * group]
     ends += [t for t in range(48, window * group + 1, 32)]
     anchors = [(t - 1 if t <= 16 else t - 32, t) for t in ends]
@@ -68,22 +79,58 @@ def naive_set(setting: Routing, given, tile: int, row: tuple[int, int]) -> set[i
             votes[number] += math.exp(score(query, tokens) - base)
             best = max(float(query.values @ token * query.steps) for token in tokens)
             finer[number] += math.exp(best - base)
-    taken = min((budget - (visible - window * group) - sinks * group) // group, window - sinks)
-    candidates = sorted(range(sinks, window), key=lambda number: -votes[number])[: max(0, 4 * taken)]
+    candidates = sorted(between, key=lambda number: -votes[number])[: max(0, 4 * taken)]
     best = sorted(sorted(candidates), key=lambda number: -finer[number])[: max(0, taken)]
     return {*range(sinks), *best, *range(window, last // group + 1)}
 
 
-def test_a_tile_attends_to_the_groups_with_the_most_votes_of_all_its_queries():
+def naive_kept(
+    setting: Routing, keys: Tensor, asked: Tensor, budget: int, window: int, visible: int, between: range
+) -> list[int]:
+    """Those of the groups that lie in a chunk that is kept, or in that which the window begins in."""
+    size, per_chunk = setting.chunk_size, setting.chunk_size // setting.group_size
+    if not setting.uses_chunks(visible):
+        return list(between)
+    chunks = window // per_chunk
+    scores = []
+    for begin in range(0, chunks * size, size):
+        parts = keys[begin : begin + size].unflatten(0, (setting.chunk_parts, -1)).mean(1).bfloat16().double()
+        scores.append(asked @ parts.T)
+    kept = set(range(chunks))
+    if chunks:
+        every = torch.stack(scores)
+        best = (every.amax(-1) - every.transpose(0, 1).flatten(1).logsumexp(-1)).exp()
+        votes = best.amax(1) if setting.vote == "mass_max" else best.sum(1)
+        most = -(-max(setting.chunk_budget.tokens_for(visible), budget) // size)
+        kept = set(votes.argsort(descending=True)[:most].tolist())
+    return [number for number in between if number // per_chunk in kept or number // per_chunk >= chunks]
+
+
+CHUNKED = {"chunk_stage": "on", "chunk_budget": Budget(tokens=48)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"summary": "mean"},
+        CHUNKED,
+        {"summary": "mean", **CHUNKED},
+        {"summary": "mean", **CHUNKED, "vote": "mass_max", "chunk_parts": 1},
+        {"summary": "mean", **CHUNKED, "chunk_stage": "auto"},
+    ],
+)
+def test_a_tile_attends_to_the_groups_with_the_most_votes_of_all_its_queries(changes):
+    setting = SHARED.model_copy(update=changes)
     given = inputs(tokens=130, batch=2, heads=3)
     with LEDGER.recording() as records:
-        out = run_whole(SHARED, given)
-    groups = recorded_groups(records, given, SHARED.group_size)
+        out = run_whole(setting, given)
+    groups = recorded_groups(records, given, setting.group_size)
     assert 0 < attended()[0] < attended()[1]
     for batch in range(2):
         for head in range(2):
             for tile in range(-(-given.tokens // 16)):
-                wanted = naive_set(SHARED, given, tile, (batch, head))
+                wanted = naive_set(setting, given, tile, (batch, head))
                 for position in range(tile * 16, min(tile * 16 + 16, given.tokens)):
                     seen = {number for number in wanted if number * 4 <= position}
                     assert set(groups[batch, head, position].nonzero()[:, 0].tolist()) == seen
