@@ -1,6 +1,7 @@
 """Queries that share a routed set, in plain torch: what must hold whatever is chosen, and what is chosen."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from hga_compile.kernels.coarse import (
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.levels import decode_levels
 from hga_compile.kernels.lowbit import decode_keys, encode_keys
+from hga_compile.kernels.prefill import _record_tiles
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.tiles import plan_tiles
 
@@ -266,3 +268,28 @@ def test_a_budget_of_a_shared_set_is_never_smaller_than_that_of_a_query():
     wide = Routing(budget=Budget(fraction=0.2, tokens=100)).shared().budget
     assert (wide.fraction, wide.tokens) == (0.2, 512)
     assert Routing(prefill_budget=Budget(tokens=64)).shared().budget == Budget(fraction=0.03, tokens=256)
+
+
+def test_lists_of_a_kernel_are_recorded_for_all_rows_alike():
+    """Rows without padding have lists of one length: what stands behind it counts for none of them."""
+    setting = Routing(
+        budget=Budget(tokens=24), prefill_budget=Budget(tokens=24), prefill_tile=16, dense_below=0
+    )
+    tokens, rows, kept = 320, 3, {}
+    tiles = plan_tiles(setting, 0, tokens, None, 16)
+    width = int(tiles.listed.max()) + 5
+    lists = torch.full((tiles.number, rows, width), 79, dtype=torch.int32)
+    for tile in range(tiles.number):
+        many = int(tiles.listed[0, tile])
+        lists[tile, :, :many] = torch.arange(many, dtype=torch.int32)
+    call = SimpleNamespace(
+        routing=setting, first=0, length=tokens, padding=None,
+        record=lambda first, groups: kept.__setitem__(first, groups),
+    )  # fmt: skip
+    _record_tiles(call, tiles, 0, lists)
+    assert sorted(kept) == list(range(0, tokens, 16))
+    for first, groups in kept.items():
+        many = int(tiles.listed[0, first // 16])
+        assert groups.shape == (rows, 16, tokens // 4)
+        want = [group < many and group * 4 <= first + 15 for group in range(tokens // 4)]
+        assert all(groups[row, -1].tolist() == want for row in range(rows))
