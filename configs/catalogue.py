@@ -103,14 +103,15 @@ def _find(name: str, cards: Iterable[_Card], more: Callable[[_Card], Iterable[st
 
 
 def _unknown(
-    kind: str, name: str, cards: Iterable[GpuCard] | Iterable[ModelCard], advice: str
+    kind: str, name: str, cards: Iterable[GpuCard | ModelCard], advice: str
 ) -> CatalogueError:
     known = {alias.lower(): card.name for card in cards for alias in (card.name, *card.aliases)}
     # The end of a hub id is what resembles a name.
     word = name.strip().lower().rsplit("/", 1)[-1][:100]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    knob = "--gpu" if kind == "gpu" else "MODEL"
     hint = f"did you mean {known[near[0]]!r}?" if near else f"known: {', '.join(sorted(set(known.values())))}"
-    return CatalogueError(f"no {kind} of the catalogue is called {name[:100]!r}; {hint}; {advice} (--{kind})")
+    return CatalogueError(f"no {kind} of the catalogue is called {name[:100]!r}; {hint}; {advice} ({knob})")
 
 
 def _read(folder: str, kind: type[_Card]) -> dict[str, _Card]:
