@@ -1,0 +1,61 @@
+"""Choosing one profile from the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+__all__ = ["PREFERENCES", "Preference", "choose", "front"]
+
+Preference = Literal["quality", "balanced", "speed"]
+PREFERENCES: tuple[Preference, ...] = ("quality", "balanced", "speed")
+Point = tuple[float, ...]
+
+
+def front(points: Sequence[Point]) -> list[int]:
+    """Return which points no other one is at least as good as in everything and better in something."""
+    found = []
+    for number, point in enumerate(points):
+        dominated = any(
+            all(a <= b for a, b in zip(other, point, strict=True)) and other != point for other in points
+        )
+        if not dominated and point not in (points[index] for index in found):
+            found.append(number)
+    return found
+
+
+def choose(points: Sequence[Point], prefer: Preference, baseline: Point | None = None) -> int:
+    """Return the number of the point to take.
+
+    Parameters
+    ----------
+    points : sequence of tuple of float
+        Feasible ones: quality first, then latency; less is better.
+    prefer : {"quality", "balanced", "speed"}
+        `quality` and `speed` take the best in the one, `balanced` the point with the least product of both,
+        which is the one where a percent of the one costs a percent of the other.
+    baseline : tuple of float or None
+        The default setting's point. `quality` takes no slower one and `speed` no worse one, where there are
+        such; `balanced` takes one that is no worse in either, where there is.
+
+    Raises
+    ------
+    ValueError
+        No points.
+    """
+    if not points:
+        raise ValueError("at least one feasible point is wanted, got none")
+    candidates = front(points)
+    if baseline is not None:
+        limits = {"quality": (1,), "speed": (0,), "balanced": (0, 1)}[prefer]
+        # A percent is noise of what is measured.
+        near = [
+            number for number in candidates if all(points[number][at] <= 1.01 * baseline[at] for at in limits)
+        ]
+        candidates = near or candidates
+    rank = {
+        "quality": lambda point: (point[0], point[1]),
+        "speed": lambda point: (point[1], point[0]),
+        "balanced": lambda point: (max(point[0], 1e-9) * point[1], point[0]),
+    }[prefer]
+    return min(candidates, key=lambda number: rank(points[number]))

@@ -1,0 +1,364 @@
+"""One run of the tuner: from what is asked for to a profile that says how it was found."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hga_compile.configs.cards import GpuCard
+from hga_compile.configs.profile import Profile
+from hga_compile.evaluation.corpora import Document
+from hga_compile.evaluation.provenance import environment
+from hga_compile.tuning.choose import Preference, choose, front
+from hga_compile.tuning.latency import Latency
+from hga_compile.tuning.measure import Quality
+from hga_compile.tuning.quality import Calibration, Checkpoint, calibrate_on
+from hga_compile.tuning.search import Goal, feasible, measure_survivors, metrics, run_screen, survivors
+from hga_compile.tuning.space import Space, served
+from hga_compile.tuning.storage import make_sampler, open_storage, open_study, refuse_old
+from hga_compile.tuning.target import Target
+from hga_compile.tuning.timing import present_is
+from hga_compile.tuning.writing import made_for, write_profile
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+__all__ = ["Found", "NoneFeasible", "Request", "tune"]
+
+Told = Callable[[str, int, int, str], None]
+"""Stage, trials done, trials in all, the best so far."""
+
+
+class NoneFeasible(RuntimeError):  # an outcome rather than a mistake
+    """No trial keeps all constraints; the message names the one that binds."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `hga-tune` was asked for."""
+
+    target: Target
+    gpu: GpuCard
+    context: int
+    base: Profile
+    tiers: tuple[str, ...]
+    checkpoint: Checkpoint
+    documents: Sequence[Document]
+    lengths: Sequence[int]
+    storage: str
+    trials: int = 60
+    measured: int = 8
+    seed: int = 0
+    sampler: str = "tpe"
+    jobs: int = 1
+    timeout: float | None = None
+    prefer: Preference = "balanced"
+    max_delta_nll: float = 0.1
+    with_prefill: bool = False
+    scored: int = 128
+    screen_layers: int = 6
+    screen_queries: int = 48
+    resume: bool = False
+    verify: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def name(self) -> str:
+        """Name of the study."""
+        return f"{self.target.card.name}.{self.gpu.name}.{self.context}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came out."""
+
+    profile: Profile
+    facts: dict[str, Any]
+    """Comment lines of the profile."""
+    result: dict[str, Any]
+    """All of it as plain data."""
+    studies: tuple[Any, Any]
+    """Of the cheap stage and of the full model."""
+    interrupted: bool
+
+
+def tune(request: Request, say: Callable[[str], None], told: Told, command: str) -> Found:
+    """Search, measure and choose.
+
+    Parameters
+    ----------
+    request
+        What is asked for.
+    say
+        Told what takes time.
+    told
+        Told after each trial.
+    command
+        How to do it again, for the profile.
+
+    Raises
+    ------
+    NoneFeasible
+        Nothing keeps the constraints.
+    ResumeError
+        A study that is there, or was made of something else.
+    """
+    began = time.monotonic()
+    storage = open_storage(request.storage)
+    refuse_old(storage, f"{request.name}.screen", request.resume)
+    calibration = calibrate_on(
+        request.checkpoint, request.documents, request.lengths, scored=request.scored,
+        screen_layers=request.screen_layers, screen_queries=request.screen_queries,
+        device=request.device, say=say,
+    )  # fmt: skip
+    goal = _goal(request, calibration, say)
+    facts = _same_facts(request, calibration, goal)
+
+    def study(stage: str, quality: str) -> Study:
+        sampler = make_sampler(request.sampler, request.seed)
+        name = f"{request.name}.{stage}"
+        return open_study(storage, name, sampler, metrics(goal, quality), facts, request.resume)
+
+    screen, full = study("screen", "change"), study("full", "kl")
+    always = len(goal.space.starts())
+    interrupted = False
+
+    def left() -> float | None:
+        return None if request.timeout is None else max(1.0, request.timeout - (time.monotonic() - began))
+
+    def after(stage: str, total: int) -> Callable[[Study, FrozenTrial], None]:
+        return lambda study, trial: told(stage, len(_complete(study)), total, _best(study))
+
+    try:
+        # Half of the time at most: what is cheap must not leave nothing for what counts.
+        time_left = left()
+        run_screen(
+            screen, goal, calibration.change, trials=request.trials, jobs=request.jobs,
+            timeout=None if time_left is None else time_left / 2, told=after("screen", request.trials),
+        )  # fmt: skip
+        chosen = survivors(screen, request.measured, always)
+        measure_survivors(
+            full, goal, chosen, calibration.quality, timeout=left(), told=after("full model", len(chosen))
+        )
+    except KeyboardInterrupt:
+        interrupted = True
+        _fail_running(screen)
+        _fail_running(full)
+    return _found(request, calibration, goal, (screen, full), interrupted, command, began, say)
+
+
+def _goal(request: Request, calibration: Calibration, say: Callable[[str], None]) -> Goal:
+    card, own = request.target.card, request.checkpoint.own
+    here = None
+    if request.gpu.kind == "cpu":
+        here = torch.device("cpu")
+    elif torch.cuda.is_available() and present_is(torch.device("cuda", 0), request.gpu.device_names):
+        here = torch.device("cuda", 0)
+    sensitivities = None
+    if own:
+        say("sensitivity of each layer")
+        sensitivities = calibration.screen.sensitivities(request.base.routing)
+    caches = (0.0,)
+    cached = request.base.model_copy(
+        update={"offload": request.base.offload.model_copy(update={"hot_cache": 0.1})}
+    )
+    if "host" in request.tiers and request.gpu.kind == "cuda" and served(cached):
+        caches = (0.0, 0.05, 0.1, 0.2)
+    space = Space(request.base, request.tiers, caches, sensitivities, card.geometry.layers)
+    latency = Latency(card, request.gpu, request.context, here)
+    return Goal(
+        card, request.gpu, request.context, space, latency, calibration.length, request.max_delta_nll,
+        request.with_prefill,
+    )  # fmt: skip
+
+
+def _same_facts(request: Request, calibration: Calibration, goal: Goal) -> dict[str, Any]:
+    """Return what trials depend on: they are never mixed with those of something else."""
+    return {
+        "model": request.target.card.name,
+        "gpu": request.gpu.name,
+        "context": request.context,
+        "tiers": ", ".join(request.tiers),
+        "hot_caches": ", ".join(map(str, goal.space.hot_caches)),
+        "prefill": request.with_prefill,
+        "latency": goal.latency.how,
+        "checkpoint": calibration.facts["sha256"],
+        "texts": ", ".join(f"{d.name}:{d.sha256[:12]}" for d in request.documents),
+        "lengths": ", ".join(map(str, sorted(request.lengths))),
+        "scored": request.scored,
+        "screen": f"{request.screen_layers} layers, {request.screen_queries} queries",
+        "max_delta_nll": request.max_delta_nll,
+        "code": environment("cpu")["code"],
+    }
+
+
+def _found(
+    request: Request, calibration: Calibration, goal: Goal, studies: tuple[Study, Study], interrupted: bool,
+    command: str, began: float, say: Callable[[str], None],
+) -> Found:  # fmt: skip
+    full = studies[1]
+    finished = _complete(full)
+    fit = [trial for trial in finished if feasible(trial)]
+    if not fit:
+        raise NoneFeasible(_why(finished, interrupted))
+    start = next((trial for trial in finished if trial.params == goal.space.starts()[0]), None)
+    points = [tuple(trial.values) for trial in fit]
+    baseline = tuple(start.values) if start is not None and feasible(start) else None
+    taken = fit[choose(points, request.prefer, baseline)]
+    name = f"{request.target.card.name}.{request.gpu.name}"
+    profile = goal.space.profile(taken.params, name)
+    verified = None
+    if request.verify and not interrupted:
+        say("the chosen profile through the compiled model")
+        tried = profile.model_copy(update={"routing": goal.tried_on(profile)})
+        verified = calibration.quality(tried, compiled=True)
+    sha = calibration.facts["sha256"] if request.checkpoint.own else None
+    where_for = f"{request.target.card.name} on {request.gpu.name} at {request.context:,} tokens"
+    description = f"Tuned by hga-tune for {where_for}, preferring {request.prefer}."
+    profile = made_for(profile, request.target.card, request.gpu, name, description, sha)
+    where = environment(str(request.device))
+    facts = _facts(request, calibration, goal, taken, start, verified, where, command)
+    result = {
+        "tuned": {"model": request.target.card.name, "gpu": request.gpu.name, "context": request.context},
+        "prefer": request.prefer,
+        "interrupted": interrupted,
+        "seconds": time.monotonic() - began,
+        "environment": where,
+        "checkpoint": {**calibration.facts, "transferred": not request.checkpoint.own},
+        "latency": goal.latency.how,
+        "chosen": _plain(taken),
+        "default": None if start is None else _plain(start),
+        "verified": None if verified is None else verified.numbers(),
+        "front": [fit[number].number for number in front(points)],
+        "trials": {
+            "screen": [_plain(t) for t in _complete(studies[0])],
+            "full": [_plain(t) for t in finished],
+        },
+        "profile": profile.model_dump(mode="json"),
+    }
+    return Found(profile, facts, result, studies, interrupted)
+
+
+def _facts(
+    request: Request, calibration: Calibration, goal: Goal, taken: FrozenTrial, start: FrozenTrial | None,
+    verified: Quality | None, where: dict[str, object], command: str,
+) -> dict[str, Any]:  # fmt: skip
+    card, shown = request.target.card, taken.user_attrs
+    texts = ", ".join(name for name, _ in calibration.texts)
+    if request.checkpoint.own:
+        origin = f"measured on {calibration.facts['name']}, SHA-256 {str(calibration.facts['sha256'])[:16]}"
+    else:
+        origin = (
+            f"TRANSFERRED, not measured on {card.name}: of {request.checkpoint.card.name}, SHA-256 "
+            f"{str(calibration.facts['sha256'])[:16]}"
+        )
+    quality = (
+        f"KL {taken.values[0]:.4f}, delta NLL {shown['delta_nll']:+.4f} nats a token against dense; "
+        f"{shown['kv_bytes']:.1%} of the K/V's bytes read and {shown['summary_bytes']:.1%} of summaries"
+    )
+    scored = f"{texts}; the last {request.scored} tokens of each, dense prefill, every query routed by itself"
+    plan = goal.memory(goal.space.profile(taken.params, "x"))
+    room = ", ".join(
+        f"{place} {plan.used(place) / 2**30:.2f} of {size / 2**30:.1f} GiB"
+        for place, size in plan.room.items()
+    )
+    facts: dict[str, Any] = {
+        "Made by": command,
+        "Quality": f"{origin}. {quality}",
+        "Texts": scored,
+        "Decode": f"{taken.values[1]:.2f} ms a token at {request.context:,} tokens ({goal.latency.how})",
+        "Memory": f"{room} (computed)",
+    }
+    if start is not None:
+        numbers = f"KL {start.values[0]:.4f}, delta NLL {start.user_attrs['delta_nll']:+.4f}"
+        facts["Default setting"] = f"{numbers}, {start.values[1]:.2f} ms a token"
+    if verified is not None:
+        facts["Compiled model"] = (
+            f"KL {verified.kl:.4f}, delta NLL {verified.delta_nll:+.4f} on the same texts"
+        )
+    facts["Trial"] = f"{taken.number} of study {request.name}.full, seed {request.seed}, {request.sampler}"
+    versions = f"torch {where['torch']}, transformers {where['transformers']}, code {where['code']}"
+    facts["Where"] = f"{where['device']}, {versions}, {datetime.date.today().isoformat()}"
+    return facts
+
+
+def _why(finished: Sequence[FrozenTrial], interrupted: bool) -> str:
+    """Name the constraint that most trials break."""
+    if not finished:
+        what = "interrupted before" if interrupted else "the time was over before"
+        return f"{what} any setting was measured on the full model; raise --timeout, or go on with --resume"
+    broken: dict[str, list[float]] = {}
+    for trial in finished:
+        for name, value in trial.constraints.items():
+            if value > 0:
+                broken.setdefault(name, []).append(value)
+    name = max(broken, key=lambda one: (len(broken[one]), min(broken[one])))
+    knob = {"delta_nll": "--max-delta-nll", "vram_gib": "--gpu, --context", "ram_gib": "--tiers, --context"}
+    return (
+        f"none of {len(finished)} settings keeps all constraints: {name} binds in {len(broken[name])}, the "
+        f"nearest miss is {min(broken[name]):.4f} over ({knob.get(name, '--context')})"
+    )
+
+
+def _plain(trial: FrozenTrial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "params": trial.params,
+        "values": list(trial.values),
+        "constraints": dict(trial.constraints),
+        "feasible": feasible(trial),
+        **{key: value for key, value in trial.user_attrs.items()},
+    }
+
+
+def _complete(study: Study) -> list[FrozenTrial]:
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _fail_running(study: Study) -> None:
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+
+
+def _best(study: Study) -> str:
+    fit = [trial for trial in _complete(study) if feasible(trial)]
+    if not fit:
+        return "nothing feasible yet"
+    best = fit[choose([tuple(trial.values) for trial in fit], "balanced")]
+    names = study.metric_names or ["quality", "decode_ms"]
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, best.values, strict=True))
+    return f"best so far: trial {best.number}, {shown}"
+
+
+def save(found: Found, path: Path) -> None:
+    """Write the profile with its facts."""
+    write_profile(found.profile, path, found.facts)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Return how a run is written on the command line, without this machine's folders."""
+    shown, skip = ["hga-tune"], False
+    for argument in arguments:
+        if skip or argument.startswith(("--out=", "--storage=", "--profile-out=")):
+            skip = False
+            continue
+        if argument in ("--out", "--storage", "--profile-out"):
+            skip = True
+            continue
+        if argument in ("--resume", "--json"):
+            continue
+        path = Path(argument)
+        shown.append(path.name if path.is_absolute() else argument)
+    return shlex.join(shown)
