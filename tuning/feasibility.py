@@ -84,9 +84,9 @@ def possible_tiers(
     largest = max((part for part in nearest.parts if part.place == place), key=lambda part: part.bytes)
     needs, room = nearest.used(place) / GIB, nearest.room[place] / GIB
     what = f"tier {nearest.tier}, {context:,} tokens, 1-bit index"
+    part = f"the largest part is {largest.name}, {largest.bytes / GIB:.1f} GiB"
     raise Infeasible(
-        f"nothing fits: {NAMES[place]} of {gpu.name} binds, {needs:.1f} GiB are needed and {room:.1f} GiB are "
-        f"there ({what}; the largest part is {largest.name}, {largest.bytes / GIB:.1f} GiB); try a shorter "
-        f"--context or another --gpu; `hga plan {card.name} --gpu {gpu.name} --context {context}` says what "
-        "would make it fit"
+        f"nothing fits: {NAMES[place]} of {gpu.name} binds, {needs:.1f} GiB are needed and {room:.1f} GiB "
+        f"are there ({what}; {part}); try a shorter --context or another --gpu; "
+        f"`hga plan {card.name} --gpu {gpu.name} --context {context}` says what would make it fit"
     )

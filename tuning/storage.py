@@ -50,7 +50,7 @@ def make_sampler(name: str, seed: int, population: int = 24) -> BaseSampler:
     if name == "tpe":
         return TPESampler(seed=seed, n_startup_trials=12)
     if name == "gp":
-        return GPSampler(seed=seed, n_startup_trials=12, deterministic_objective=True)
+        return GPSampler(seed=seed, n_startup_trials=12)
     if name == "nsga2":
         return NSGAIISampler(seed=seed, population_size=population)
     raise ResumeError(f"no sampler is called {name!r}; known: {', '.join(SAMPLERS)} (--sampler)")
