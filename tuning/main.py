@@ -63,6 +63,7 @@ class Sampler(StrEnum):
 @app.command(help=_HELP)
 @guarded
 def tune_command(
+    run: typer.Context,
     model: Annotated[
         str,
         typer.Option("--model", help="Name of the catalogue, local folder, or hub id.", show_default=False),
@@ -172,7 +173,7 @@ def tune_command(
             device=place,
         )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        found = _run(request)
+        found = _run(request, run.obj)
     except (TargetError, CatalogueError, ResumeError) as error:
         raise BadInputError(str(error)) from None
     except NoneFeasible as error:
@@ -187,14 +188,14 @@ def tune_command(
         raise typer.Exit(INTERRUPTED)
 
 
-def _run(request: Request) -> Found:
+def _run(request: Request, arguments: Sequence[str]) -> Found:
     from hga_compile.cli.output import quiet_libraries
     from hga_compile.tuning.progress import telling
     from hga_compile.tuning.tune import command_line, tune
 
     quiet_libraries()
     with telling(note) as (say, told):
-        return tune(request, say, told, command_line(sys.argv[1:]))
+        return tune(request, say, told, command_line(arguments))
 
 
 def _write(found: Found, folder: Path, report: bool) -> None:
@@ -320,8 +321,9 @@ def _need_plotly() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``hga-tune`` and return its exit code."""
+    given = sys.argv[1:] if argv is None else list(argv)
     try:
-        outcome = app(args=None if argv is None else list(argv), prog_name="hga-tune", standalone_mode=False)
+        outcome = app(args=given, prog_name="hga-tune", standalone_mode=False, obj=given)
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except Exception as error:
