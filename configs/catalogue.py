@@ -44,7 +44,7 @@ def gpu_cards() -> dict[str, GpuCard]:
 
 def known_model(name: str) -> ModelCard | None:
     """Return the card of a model by name, alias or hub id; None if there is none."""
-    return _find(name, model_cards().values(), lambda card: [card.hub_id] if card.hub_id else [])
+    return _find(name, model_cards().values(), lambda one: [one.hub_id] if one.hub_id else [])
 
 
 def model_card(name: str) -> ModelCard:
@@ -69,7 +69,7 @@ def gpu_card(name: str) -> GpuCard:
     CatalogueError
         An unknown name.
     """
-    card = _find(name, gpu_cards().values(), lambda card: card.device_names)
+    card = _find(name, gpu_cards().values(), lambda one: one.device_names)
     if card is None:
         raise _unknown("gpu", name, gpu_cards().values(), "`auto` reads the present device")
     return card
@@ -96,15 +96,14 @@ def gpu_of_device(device: str) -> GpuCard | None:
 
 def _find(name: str, cards: Iterable[_Card], more: Callable[[_Card], Iterable[str]]) -> _Card | None:
     wanted = name.strip().lower()
-    for card in cards:
-        if wanted in (known.lower() for known in (card.name, *card.aliases, *more(card))):
-            return card
-    return None
+    return next((one for one in cards if wanted in _names(one, more(one))), None)
 
 
-def _unknown(
-    kind: str, name: str, cards: Iterable[GpuCard | ModelCard], advice: str
-) -> CatalogueError:
+def _names(card: GpuCard | ModelCard, more: Iterable[str]) -> list[str]:
+    return [word.lower() for word in (card.name, *card.aliases, *more)]
+
+
+def _unknown(kind: str, name: str, cards: Iterable[GpuCard | ModelCard], advice: str) -> CatalogueError:
     known = {alias.lower(): card.name for card in cards for alias in (card.name, *card.aliases)}
     # The end of a hub id is what resembles a name.
     word = name.strip().lower().rsplit("/", 1)[-1][:100]

@@ -75,8 +75,8 @@ def _check_model(profile: Profile, config: Any) -> None:
     if wrong:
         raise ProfileError(
             f"profile {profile.name!r} was made for another model ({made.hub_id or 'see its field model'}): "
-            f"got {', '.join(wrong)}; use a profile of this model, make one with hga-tune, or remove the field "
-            "model"
+            f"got {', '.join(wrong)}; use a profile of this model, make one with hga-tune, or remove the "
+            "field model"
         )
     if made.hub_id is None or not _HUB_ID.fullmatch(name) or name.lower() == made.hub_id.lower():
         return

@@ -57,14 +57,14 @@ def traced_config() -> Any:
         Of the largest one, if there are several; None where the traced function holds no model with one.
     """
     tx = _tracer()
-    found = []
+    found: list[Any] = []
     for value in getattr(getattr(tx, "output", None), "local_scope", {}).values():
         config = getattr(value, "config", None) if isinstance(value, torch.nn.Module) else None
         to_text = getattr(config, "get_text_config", None)
         text = config if to_text is None else to_text()
         if isinstance(getattr(text, "num_hidden_layers", None), int):
             found.append(text)
-    return max(found, key=lambda text: text.num_hidden_layers, default=None)
+    return max(found, key=lambda text: int(text.num_hidden_layers)) if found else None
 
 
 def traced_layer() -> int | None:

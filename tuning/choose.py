@@ -14,7 +14,7 @@ Point = tuple[float, ...]
 
 def front(points: Sequence[Point]) -> list[int]:
     """Return which points no other one is at least as good as in everything and better in something."""
-    found = []
+    found: list[int] = []
     for number, point in enumerate(points):
         dominated = any(
             all(a <= b for a, b in zip(other, point, strict=True)) and other != point for other in points
@@ -53,9 +53,11 @@ def choose(points: Sequence[Point], prefer: Preference, baseline: Point | None =
             number for number in candidates if all(points[number][at] <= 1.01 * baseline[at] for at in limits)
         ]
         candidates = near or candidates
-    rank = {
-        "quality": lambda point: (point[0], point[1]),
-        "speed": lambda point: (point[1], point[0]),
-        "balanced": lambda point: (max(point[0], 1e-9) * point[1], point[0]),
-    }[prefer]
-    return min(candidates, key=lambda number: rank(points[number]))
+
+    def rank(number: int) -> tuple[float, float]:
+        quality, time = points[number][:2]
+        if prefer == "balanced":
+            return max(quality, 1e-9) * time, quality
+        return (quality, time) if prefer == "quality" else (time, quality)
+
+    return min(candidates, key=rank)

@@ -142,8 +142,8 @@ def step_us(step: Step, gpu: GpuCard) -> float:
     """
     found, terms = calibration(), step_terms(step, gpu)
     factors = found["kernels"]["step"]["factors"]
-    floor = factors["launch"] * terms["launch"] + terms["memory"] / found["reached"]["memory"]
-    return max(predict(terms, factors), floor + factors["host"] * terms["host"])
+    floor: float = factors["launch"] * terms["launch"] + terms["memory"] / found["reached"]["memory"]
+    return max(predict(terms, factors), floor + float(factors["host"]) * terms["host"])
 
 
 def decode_ms(card: ModelCard, gpu: GpuCard, profile: Profile, context: int, batch: int = 1) -> float:
@@ -181,7 +181,7 @@ def prefill_ms(card: ModelCard, gpu: GpuCard, profile: Profile, context: int) ->
     Routed attention's part is not calibrated: no prefill of it is recorded.
     """
     shape, routing = card.geometry, profile.routing
-    rate = gpu.matrix_rate.value * calibration()["reached"]["matrix"]
+    rate = gpu.matrix_rate.value * float(calibration()["reached"]["matrix"])
     experts = shape.active_experts or 1
     linear = shape.attention_parameters + shape.layers * shape.expert_parameters * experts
     operations = 2.0 * linear * context
@@ -224,9 +224,9 @@ def _hidden(step: Step, gpu: GpuCard, profile: Profile) -> float:
     share = profile.offload.hot_cache
     if not share or step.tier == "gpu":
         return 0.0
-    factors = calibration()["kernels"]["step"]["factors"]
+    factors: dict[str, float] = calibration()["kernels"]["step"]["factors"]
     hits = hit_rate(share)
-    here = step.routed_bytes / gpu.bandwidth.value * 1e6 / calibration()["reached"]["memory"]
+    here = step.routed_bytes / gpu.bandwidth.value * 1e6 / float(calibration()["reached"]["memory"])
     there = step.routed_bytes / gpu.host_bandwidth.value * 1e6 * factors["host"]
     return hits * max(0.0, there - here)
 

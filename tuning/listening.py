@@ -38,7 +38,7 @@ def in_place_of_attention(model: PreTrainedModel, make: Callable[[Attention], At
     if before in ALL_ATTENTION_FUNCTIONS:
         stock = ALL_ATTENTION_FUNCTIONS[before]
     else:  # eager attention is a function of each model's own file
-        stock = sys.modules[type(model).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        stock = sys.modules[type(model).__module__].eager_attention_forward
     functions = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
     ALL_ATTENTION_FUNCTIONS.register(_NAME, make(stock))
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[before])

@@ -90,8 +90,13 @@ def tune_command(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Trials of the cheap stage at a time.")] = 1,
     prefer: Annotated[Prefer, typer.Option("--prefer", help="Which point of the front.")] = Prefer.balanced,
     max_delta_nll: Annotated[
-        float, typer.Option("--max-delta-nll", help="Most that NLL may rise over dense, nats a token.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            "--max-delta-nll",
+            help="Most that NLL may rise over dense, nats a token.",
+            show_default="0.1, or what the default setting has",
+        ),
+    ] = None,
     prefill: Annotated[
         bool, typer.Option("--prefill", help="The prompt's time is an objective too.")
     ] = False,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Goal", "constrain", "feasible", "measure_survivors", "metrics", "run_screen", "survivors"]
 
 GIB = 2**30
+LENIENT = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Goal:
     latency: Latency
     length: int
     """Tokens of the texts that quality is measured on."""
-    max_delta_nll: float
+    max_delta_nll: float | None
+    """Nats a token; None: what the default setting has, or `LENIENT` if that is more."""
     with_prefill: bool = False
     batch: int = 1
     step: int = 1024
@@ -72,7 +74,7 @@ def constrain(trial: Trial, plan: MemoryPlan) -> None:
     names = {"gpu": "vram_gib", "host": "ram_gib", "nvme": "nvme_gib"}
     for place, name in names.items():
         # All trials have all constraints: one that is not used has its room to spare.
-        lacks = plan.lacks(place) / GIB if place in plan.room else -1.0  # type: ignore[arg-type]  # the names of places
+        lacks = plan.lacks(place) / GIB if place in plan.room else -1.0
         trial.set_constraint(name, lacks)
 
 
@@ -135,8 +137,17 @@ def survivors(study: Study, count: int, always: int) -> list[FrozenTrial]:
     finished = [trial for trial in study.trials if trial.state is TrialState.COMPLETE]
     first = [trial for trial in finished if trial.number < always]
     fit = [trial for trial in finished if feasible(trial)]
-    best = sorted(_layers_of_fronts(fit, count), key=lambda trial: trial.values[1])
     known = [trial.params for trial in first]
+    # Half of them where they count most: better than the default in everything, as far as it can be told.
+    default = first[0].values if first else []
+    better = [
+        trial
+        for trial in fit
+        if trial.params not in known and all(a <= b for a, b in zip(trial.values, default, strict=False))
+    ]
+    best = _layers_of_fronts(better, count // 2)
+    others = [trial for trial in fit if trial not in best]
+    best = sorted(best + _layers_of_fronts(others, count - len(best)), key=lambda trial: trial.values[1])
     return first + [trial for trial in best if trial.params not in known]
 
 
@@ -185,7 +196,7 @@ def measure_survivors(
         constrain(trial, goal.memory(profile))
         routing = goal.tried_on(profile)
         quality = measured(profile.model_copy(update={"routing": routing}))
-        trial.set_constraint("delta_nll", quality.delta_nll - goal.max_delta_nll)
+        trial.set_constraint("delta_nll", quality.delta_nll - _limit(study, goal, quality))
         for name, value in quality.numbers().items():
             trial.set_user_attr(name, value)
         trial.set_user_attr("by_text", {name: dict(numbers) for name, numbers in quality.by_text.items()})
@@ -199,6 +210,15 @@ def measure_survivors(
     waiting = len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
     if waiting:
         study.optimize(objective, n_trials=waiting, timeout=timeout, callbacks=[told])
+
+
+def _limit(study: Study, goal: Goal, own: Quality) -> float:
+    """Return the most that NLL may rise; the default setting, which is measured first, is never refused."""
+    if goal.max_delta_nll is not None:
+        return goal.max_delta_nll
+    first = goal.space.starts()[0]
+    finished = [trial for trial in study.get_trials(deepcopy=False) if trial.values and trial.params == first]
+    return max(LENIENT, finished[0].user_attrs["delta_nll"] if finished else own.delta_nll)
 
 
 def _wanted(trial: FrozenTrial) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Request:
     jobs: int = 1
     timeout: float | None = None
     prefer: Preference = "balanced"
-    max_delta_nll: float = 0.1
+    max_delta_nll: float | None = None
     with_prefill: bool = False
     scored: int = 128
     screen_layers: int = 6
@@ -166,7 +166,7 @@ def _goal(request: Request, calibration: Calibration, say: Callable[[str], None]
     if own:
         say("sensitivity of each layer")
         sensitivities = calibration.screen.sensitivities(request.base.routing)
-    caches = (0.0,)
+    caches: tuple[float, ...] = (0.0,)
     cached = request.base.model_copy(
         update={"offload": request.base.offload.model_copy(update={"hot_cache": 0.1})}
     )
@@ -195,7 +195,7 @@ def _same_facts(request: Request, calibration: Calibration, goal: Goal) -> dict[
         "lengths": ", ".join(map(str, sorted(request.lengths))),
         "scored": request.scored,
         "screen": f"{request.screen_layers} layers, {request.screen_queries} queries",
-        "max_delta_nll": request.max_delta_nll,
+        "max_delta_nll": "default's" if request.max_delta_nll is None else request.max_delta_nll,
         "code": environment("cpu")["code"],
     }
 
@@ -322,7 +322,8 @@ def _plain(trial: FrozenTrial) -> dict[str, Any]:
 def _complete(study: Study) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    finished: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return finished
 
 
 def _fail_running(study: Study) -> None:
