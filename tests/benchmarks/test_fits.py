@@ -1,5 +1,7 @@
 """The README's table of what fits."""
 
+from pathlib import Path
+
 import pytest
 
 
@@ -29,3 +31,10 @@ def test_update_replaces_what_is_between_the_marks(monkeypatch):
     monkeypatch.setattr(fits, "render", lambda: "TABLE\n")
     old = "a\n<!-- fits -->\nold\n<!-- /fits -->\nb\n"
     assert fits.update(old) == "a\n<!-- fits -->\nTABLE\n<!-- /fits -->\nb\n"
+
+
+@pytest.mark.slow
+def test_the_readmes_table_is_up_to_date():
+    import fits
+
+    assert fits.main(["--check", str(Path(__file__).parents[2] / "README.md")]) == 0
