@@ -108,12 +108,12 @@ def _direct(
             if own is None or more.get("sliding_window"):
                 return stock(module, query, key, value, mask, **more)
             tokens, body = key.shape[2], key.shape[2] - query.shape[2]
-            store = LayerStore("host")
+            store = LayerStore("gpu")
             store.put(key[:, :, :body], value[:, :, :body], body)
             out = store.attend(
                 query, key[:, :, body:], value[:, :, body:], tokens, None,
                 more.get("scaling") or query.shape[-1] ** -0.5,
-                SiteConfig(module.layer_idx, "host", own, profile.compile.kernels),
+                SiteConfig(module.layer_idx, "gpu", own, profile.compile.kernels),
                 Scoring(more.get("softcap") or 0.0, more.get("s_aux")),
             )  # fmt: skip
             return out.transpose(1, 2), None

@@ -46,12 +46,12 @@ def layer_change(captured: Captured, routing: Routing, queries: int) -> float:
     )
     tokens, new = captured.key.shape[2], min(queries, captured.query.shape[2])
     body = tokens - new
-    store = LayerStore("host")
-    # Stored as a prefill in one step stores them: the index is made of the rotated keys when it is read.
+    store = LayerStore("gpu")
+    # Where the model runs: what the tier is does not change the result, and pinning memory takes time.
     store.put(captured.key[:, :, :body], captured.value[:, :, :body], body)
     got = store.attend(
         captured.query[:, :, -new:], captured.key[:, :, body:], captured.value[:, :, body:], tokens, None,
-        captured.scale, SiteConfig(captured.layer, "host", own), captured.scoring,
+        captured.scale, SiteConfig(captured.layer, "gpu", own), captured.scoring,
     )  # fmt: skip
     return _energy(got.float() - captured.dense[:, :, -new:].float(), captured)
 
