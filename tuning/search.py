@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-__all__ = ["Goal", "constrain", "feasible", "measure_survivors", "metrics", "run_screen", "survivors"]
+__all__ = [
+    "Goal",
+    "constrain",
+    "default_trial",
+    "feasible",
+    "measure_survivors",
+    "metrics",
+    "run_screen",
+    "survivors",
+]
 
 GIB = 2**30
 LENIENT = 0.1
@@ -83,6 +92,12 @@ def feasible(trial: FrozenTrial) -> bool:
     return all(value <= 0 for value in trial.constraints.values())
 
 
+def default_trial(trials: Sequence[FrozenTrial], space: Space) -> FrozenTrial | None:
+    """Return the finished trial of the default setting; of several tiers the fastest that fits."""
+    found = [trial for trial in trials if trial.params in space.defaults()]
+    return min(found, key=lambda trial: (not feasible(trial), trial.values[1]), default=None)
+
+
 def run_screen(
     study: Study, goal: Goal, change: Callable[[Routing], float], *, trials: int, timeout: float | None,
     jobs: int, told: Callable[[Study, FrozenTrial], None],
@@ -120,26 +135,28 @@ def run_screen(
         study.optimize(objective, n_trials=left, timeout=timeout, n_jobs=jobs, callbacks=[told])
 
 
-def survivors(study: Study, count: int, always: int) -> list[FrozenTrial]:
+def survivors(study: Study, space: Space, count: int) -> list[FrozenTrial]:
     """Return the trials that the full model is asked about: the first ones, and the front, spread out.
 
     Parameters
     ----------
     study
         Of the cheap stage.
+    space
+        Whose settings tried first are always among them.
     count
-        How many, besides the first ones.
-    always
-        How many of the settings tried first are always among them.
+        How many besides these.
     """
     from optuna.trial import TrialState
 
     finished = [trial for trial in study.trials if trial.state is TrialState.COMPLETE]
-    first = [trial for trial in finished if trial.number < always]
+    starts = space.starts()
+    first = [trial for trial in finished if trial.number < len(starts)]
     fit = [trial for trial in finished if feasible(trial)]
     known = [trial.params for trial in first]
     # Half of them where they count most: better than the default in everything, as far as it can be told.
-    default = first[0].values if first else []
+    start = default_trial(first, space)
+    default = [] if start is None else start.values
     better = [
         trial
         for trial in fit

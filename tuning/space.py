@@ -101,6 +101,10 @@ class Space:
                 found.append(one)
         return found
 
+    def defaults(self) -> list[Params]:
+        """Return the default setting, in each tier."""
+        return self.starts()[: len(self.tiers)]
+
     def describe(self) -> dict[str, str]:
         """Return each parameter and what it may be, for a reader."""
         found = {

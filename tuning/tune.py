@@ -20,7 +20,15 @@ from hga_compile.tuning.choose import Preference, choose, front
 from hga_compile.tuning.latency import Latency
 from hga_compile.tuning.measure import Quality
 from hga_compile.tuning.quality import Calibration, Checkpoint, calibrate_on
-from hga_compile.tuning.search import Goal, feasible, measure_survivors, metrics, run_screen, survivors
+from hga_compile.tuning.search import (
+    Goal,
+    default_trial,
+    feasible,
+    measure_survivors,
+    metrics,
+    run_screen,
+    survivors,
+)
 from hga_compile.tuning.space import Space, served
 from hga_compile.tuning.storage import make_sampler, open_storage, open_study, refuse_old
 from hga_compile.tuning.target import Target
@@ -128,7 +136,6 @@ def tune(request: Request, say: Callable[[str], None], told: Told, command: str)
         return open_study(storage, name, sampler, metrics(goal, quality), facts, request.resume)
 
     screen, full = study("screen", "change"), study("full", "kl")
-    always = len(goal.space.starts())
     interrupted = False
 
     def left() -> float | None:
@@ -144,7 +151,7 @@ def tune(request: Request, say: Callable[[str], None], told: Told, command: str)
             screen, goal, calibration.change, trials=request.trials, jobs=request.jobs,
             timeout=None if time_left is None else time_left / 2, told=after("screen", request.trials),
         )  # fmt: skip
-        chosen = survivors(screen, request.measured, always)
+        chosen = survivors(screen, goal.space, request.measured)
         measure_survivors(
             full, goal, chosen, calibration.quality, timeout=left(), told=after("full model", len(chosen))
         )
@@ -209,7 +216,7 @@ def _found(
     fit = [trial for trial in finished if feasible(trial)]
     if not fit:
         raise NoneFeasible(_why(finished, interrupted))
-    start = next((trial for trial in finished if trial.params == goal.space.starts()[0]), None)
+    start = default_trial(finished, goal.space)
     points = [tuple(trial.values) for trial in fit]
     baseline = tuple(start.values) if start is not None and feasible(start) else None
     taken = fit[choose(points, request.prefer, baseline)]

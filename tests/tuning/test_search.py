@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import TrialState
 from studies import FACTS, change, goal, quality, screen
 
-from hga_compile.tuning.search import feasible, measure_survivors, metrics, survivors
+from hga_compile.tuning.search import default_trial, feasible, measure_survivors, metrics, survivors
 from hga_compile.tuning.storage import ResumeError, done, make_sampler, open_storage, open_study
 
 
@@ -23,7 +23,7 @@ def test_the_default_and_the_papers_setting_come_first(tmp_path):
 
 
 def test_trials_that_do_not_fit_are_marked_and_keep_their_values(tmp_path):
-    study = screen(tmp_path / "s.db", goal(tiers=("gpu", "host")), trials=30)
+    study = screen(tmp_path / "s.db", goal(tiers=("gpu", "host")), trials=24)
     here = [trial for trial in study.trials if trial.params["tier"] == "gpu"]
     there = [trial for trial in study.trials if trial.params["tier"] == "host"]
     assert here and there
@@ -33,7 +33,7 @@ def test_trials_that_do_not_fit_are_marked_and_keep_their_values(tmp_path):
     assert max(trial.values[1] for trial in here) < 100
     assert {trial.params["tier"] for trial in study.best_trials} == {"host"}
     # The sampler sees the constraints: later trials leave the tier that does not fit.
-    assert sum(trial.params["tier"] == "gpu" for trial in study.trials[20:]) <= 3
+    assert sum(trial.params["tier"] == "gpu" for trial in study.trials[18:]) <= 3
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
@@ -56,19 +56,27 @@ def test_a_gaussian_process_searches_too(tmp_path):
 
 
 def test_searching_finds_better_than_what_it_began_with(tmp_path):
-    study = screen(tmp_path / "s.db", trials=60)
+    study = screen(tmp_path / "s.db", trials=40)
     starts, rest = study.trials[:4], study.trials[4:]
     default = starts[0].values
     assert any(trial.values[0] < default[0] and trial.values[1] <= default[1] for trial in rest)
 
 
 def test_survivors_are_the_first_ones_and_the_front(tmp_path):
-    study = screen(tmp_path / "s.db", trials=40)
-    chosen = survivors(study, 5, always=4)
+    study = screen(tmp_path / "s.db", trials=24)
+    chosen = survivors(study, goal().space, 5)
     assert [trial.number for trial in chosen[:4]] == [0, 1, 2, 3]
     assert 4 <= len(chosen) <= 9
     on_front = {trial.number for trial in study.best_trials}
     assert len([trial for trial in chosen[4:] if trial.number in on_front]) >= min(3, len(chosen) - 4)
+
+
+def test_of_several_tiers_the_default_is_the_one_that_fits(tmp_path):
+    wanted = goal(tiers=("gpu", "host"))
+    study = screen(tmp_path / "s.db", wanted, trials=8)
+    assert [trial.params["tier"] for trial in study.trials[:2]] == ["gpu", "host"]
+    assert default_trial(study.trials, wanted.space).number == 1
+    assert default_trial(study.trials[2:], wanted.space) is None
 
 
 def full_study(place, wanted, resume=False):
@@ -85,8 +93,8 @@ def measured(place, wanted, chosen, resume=False, told=lambda *_: None):
 
 def test_the_full_model_is_asked_about_each_survivor_once(tmp_path):
     wanted = goal(max_delta_nll=0.12)
-    study = screen(tmp_path / "s.db", wanted, trials=30)
-    chosen = survivors(study, 4, always=4)
+    study = screen(tmp_path / "s.db", wanted)
+    chosen = survivors(study, wanted.space, 4)
     full = measured(tmp_path / "s.db", wanted, chosen)
     assert [trial.params for trial in full.trials] == [trial.params for trial in chosen]
     for trial in full.trials:
@@ -96,10 +104,22 @@ def test_the_full_model_is_asked_about_each_survivor_once(tmp_path):
     assert len(again.trials) == len(chosen)
 
 
+def test_without_a_limit_the_default_setting_is_never_refused(tmp_path):
+    wanted = goal(max_delta_nll=None)
+    study = screen(tmp_path / "s.db", wanted)
+    full = measured(tmp_path / "s.db", wanted, survivors(study, wanted.space, 4))
+    default = full.trials[0]
+    limit = max(0.1, default.user_attrs["delta_nll"])
+    assert default.user_attrs["delta_nll"] > 0.1
+    for trial in full.trials:
+        assert trial.constraints["delta_nll"] == pytest.approx(trial.user_attrs["delta_nll"] - limit)
+    assert feasible(default)
+
+
 def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path):
     wanted = goal()
     study = screen(tmp_path / "s.db", wanted)
-    chosen = survivors(study, 4, always=4)
+    chosen = survivors(study, wanted.space, 4)
 
     def stop(study, trial):
         if trial.number == 1:
