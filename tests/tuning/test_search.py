@@ -23,7 +23,7 @@ def test_the_default_and_the_papers_setting_come_first(tmp_path):
 
 
 def test_trials_that_do_not_fit_are_marked_and_keep_their_values(tmp_path):
-    study = screen(tmp_path / "s.db", goal(tiers=("gpu", "host")), trials=24)
+    study = screen(tmp_path / "s.journal", goal(tiers=("gpu", "host")), trials=24)
     here = [trial for trial in study.trials if trial.params["tier"] == "gpu"]
     there = [trial for trial in study.trials if trial.params["tier"] == "host"]
     assert here and there
@@ -41,7 +41,7 @@ def test_the_same_seed_gives_the_same_trials(tmp_path, sampler):
     runs = [
         [
             (trial.params, trial.values)
-            for trial in screen(tmp_path / f"{n}.db", seed=seed, sampler=sampler).trials
+            for trial in screen(tmp_path / f"{n}.journal", seed=seed, sampler=sampler).trials
         ]
         for n, seed in enumerate((3, 3, 4))
     ]
@@ -51,19 +51,19 @@ def test_the_same_seed_gives_the_same_trials(tmp_path, sampler):
 
 @pytest.mark.slow
 def test_a_gaussian_process_searches_too(tmp_path):
-    study = screen(tmp_path / "s.db", sampler="gp", trials=15)
+    study = screen(tmp_path / "s.journal", sampler="gp", trials=15)
     assert done(study) == 15
 
 
 def test_searching_finds_better_than_what_it_began_with(tmp_path):
-    study = screen(tmp_path / "s.db", trials=40)
+    study = screen(tmp_path / "s.journal", trials=40)
     starts, rest = study.trials[:4], study.trials[4:]
     default = starts[0].values
     assert any(trial.values[0] < default[0] and trial.values[1] <= default[1] for trial in rest)
 
 
 def test_survivors_are_the_first_ones_and_the_front(tmp_path):
-    study = screen(tmp_path / "s.db", trials=24)
+    study = screen(tmp_path / "s.journal", trials=24)
     chosen = survivors(study, goal().space, 5)
     assert [trial.number for trial in chosen[:4]] == [0, 1, 2, 3]
     assert 4 <= len(chosen) <= 9
@@ -73,7 +73,7 @@ def test_survivors_are_the_first_ones_and_the_front(tmp_path):
 
 def test_of_several_tiers_the_default_is_the_one_that_fits(tmp_path):
     wanted = goal(tiers=("gpu", "host"))
-    study = screen(tmp_path / "s.db", wanted, trials=8)
+    study = screen(tmp_path / "s.journal", wanted, trials=8)
     assert [trial.params["tier"] for trial in study.trials[:2]] == ["gpu", "host"]
     assert default_trial(study.trials, wanted.space).number == 1
     assert default_trial(study.trials[2:], wanted.space) is None
@@ -93,21 +93,21 @@ def measured(place, wanted, chosen, resume=False, told=lambda *_: None):
 
 def test_the_full_model_is_asked_about_each_survivor_once(tmp_path):
     wanted = goal(max_delta_nll=0.12)
-    study = screen(tmp_path / "s.db", wanted)
+    study = screen(tmp_path / "s.journal", wanted)
     chosen = survivors(study, wanted.space, 4)
-    full = measured(tmp_path / "s.db", wanted, chosen)
+    full = measured(tmp_path / "s.journal", wanted, chosen)
     assert [trial.params for trial in full.trials] == [trial.params for trial in chosen]
     for trial in full.trials:
         assert trial.constraints["delta_nll"] == pytest.approx(trial.user_attrs["delta_nll"] - 0.12)
     assert {feasible(trial) for trial in full.trials} == {True, False}
-    again = measured(tmp_path / "s.db", wanted, chosen, resume=True)
+    again = measured(tmp_path / "s.journal", wanted, chosen, resume=True)
     assert len(again.trials) == len(chosen)
 
 
 def test_without_a_limit_the_default_setting_is_never_refused(tmp_path):
     wanted = goal(max_delta_nll=None)
-    study = screen(tmp_path / "s.db", wanted)
-    full = measured(tmp_path / "s.db", wanted, survivors(study, wanted.space, 4))
+    study = screen(tmp_path / "s.journal", wanted)
+    full = measured(tmp_path / "s.journal", wanted, survivors(study, wanted.space, 4))
     default = full.trials[0]
     limit = max(0.1, default.user_attrs["delta_nll"])
     assert default.user_attrs["delta_nll"] > 0.1
@@ -118,7 +118,7 @@ def test_without_a_limit_the_default_setting_is_never_refused(tmp_path):
 
 def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path):
     wanted = goal()
-    study = screen(tmp_path / "s.db", wanted)
+    study = screen(tmp_path / "s.journal", wanted)
     chosen = survivors(study, wanted.space, 4)
 
     def stop(study, trial):
@@ -126,26 +126,26 @@ def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measured(tmp_path / "s.db", wanted, chosen, told=stop)
-    full = measured(tmp_path / "s.db", wanted, chosen, resume=True)
+        measured(tmp_path / "s.journal", wanted, chosen, told=stop)
+    full = measured(tmp_path / "s.journal", wanted, chosen, resume=True)
     finished = [trial.params for trial in full.trials if trial.state is TrialState.COMPLETE]
     assert len(finished) == len(chosen)
     assert all(trial.params in finished for trial in chosen)
 
 
 def test_a_study_that_is_there_is_not_started_again(tmp_path):
-    screen(tmp_path / "s.db", trials=5)
+    screen(tmp_path / "s.journal", trials=5)
     with pytest.raises(ResumeError, match="there already; go on with it"):
-        screen(tmp_path / "s.db", trials=5)
-    assert done(screen(tmp_path / "s.db", trials=9, resume=True)) == 9
+        screen(tmp_path / "s.journal", trials=5)
+    assert done(screen(tmp_path / "s.journal", trials=9, resume=True)) == 9
 
 
 def test_trials_of_something_else_are_not_gone_on_with(tmp_path):
-    screen(tmp_path / "s.db", trials=5)
+    screen(tmp_path / "s.journal", trials=5)
     other = {**FACTS, "gpu": "h200"}
     with pytest.raises(ResumeError, match=r"made with gpu 'rtx5090', got 'h200'"):
         open_study(
-            open_storage(str(tmp_path / "s.db")),
+            open_storage(str(tmp_path / "s.journal")),
             "s",
             make_sampler("tpe", 0),
             ["change", "decode_ms"],
