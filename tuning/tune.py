@@ -226,7 +226,10 @@ def _found(
     if request.verify and not interrupted:
         say("the chosen profile through the compiled model")
         tried = profile.model_copy(update={"routing": goal.tried_on(profile)})
-        verified = calibration.quality(tried, compiled=True)
+        try:
+            verified = calibration.quality(tried, compiled=True)
+        except KeyboardInterrupt:  # what was found counts without it
+            interrupted = True
     sha = calibration.facts["sha256"] if request.checkpoint.own else None
     where_for = f"{request.target.card.name} on {request.gpu.name} at {request.context:,} tokens"
     description = f"Tuned by hga-tune for {where_for}, preferring {request.prefer}."

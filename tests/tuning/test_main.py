@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hga_compile.configs.loader import load_profile
-from hga_compile.tuning import search, tune
+from hga_compile.tuning import quality, search, tune
 from hga_compile.tuning.main import main
 
 
@@ -87,6 +87,22 @@ def test_what_was_found_before_ctrl_c_is_written(arguments, tmp_path, monkeypatc
     assert len(list((tmp_path / "out").glob("*.yaml"))) == 1
 
 
+def test_ctrl_c_while_the_choice_is_verified_costs_the_verification_only(arguments, monkeypatch, capsys):
+    stock = quality.Calibration.quality
+
+    def interrupted(self, profile, compiled=False):
+        if compiled:
+            raise KeyboardInterrupt
+        return stock(self, profile)
+
+    monkeypatch.setattr(quality.Calibration, "quality", interrupted)
+    arguments.remove("--no-verify")
+    assert main([*arguments, "--no-report", "--json"]) == 130
+    result = json.loads(capsys.readouterr().out)
+    assert result["verified"] is None
+    assert result["chosen"]["feasible"]
+
+
 def test_nothing_within_the_constraint_is_exit_3_with_its_name(arguments, capsys):
     arguments[arguments.index("--max-delta-nll") + 1] = "-10"
     assert main([*arguments, "--no-report"]) == 3
@@ -139,8 +155,6 @@ def test_wrong_input_is_one_line_and_exit_2(arguments, words, capsys):
 def test_without_any_weights_it_says_what_to_name(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HGA_MODELS", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    from hga_compile.tuning import quality
-
     monkeypatch.setattr(quality, "local_weights", lambda card: None)
     assert main(["--model", "qwen3-30b", "--gpu", "h200", "--no-report"]) == 2
     assert "--quality-model" in capsys.readouterr().err
