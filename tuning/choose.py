@@ -10,6 +10,7 @@ __all__ = ["PREFERENCES", "Preference", "choose", "front"]
 Preference = Literal["quality", "balanced", "speed"]
 PREFERENCES: tuple[Preference, ...] = ("quality", "balanced", "speed")
 Point = tuple[float, ...]
+_NEAR = 1.05
 
 
 def front(points: Sequence[Point]) -> list[int]:
@@ -35,8 +36,8 @@ def choose(points: Sequence[Point], prefer: Preference, baseline: Point | None =
         `quality` and `speed` take the best in the one, `balanced` the point with the least product of both,
         which is the one where a percent of the one costs a percent of the other.
     baseline : tuple of float or None
-        The default setting's point. `quality` takes no slower one and `speed` no worse one, where there are
-        such; `balanced` takes one that is no worse in either, where there is.
+        The default setting's point. `quality` takes no slower one, `speed` no worse one and `balanced` one
+        that is neither, where there are such; 5% count as nothing.
 
     Raises
     ------
@@ -48,9 +49,11 @@ def choose(points: Sequence[Point], prefer: Preference, baseline: Point | None =
     candidates = front(points)
     if baseline is not None:
         limits = {"quality": (1,), "speed": (0,), "balanced": (0, 1)}[prefer]
-        # A percent is noise of what is measured.
+        # What is less is no more than what the hardware model is off by.
         near = [
-            number for number in candidates if all(points[number][at] <= 1.01 * baseline[at] for at in limits)
+            number
+            for number in candidates
+            if all(points[number][at] <= _NEAR * baseline[at] for at in limits)
         ]
         candidates = near or candidates
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from hga_compile.tuning.measure import Quality, measure
 from hga_compile.tuning.screen import Screen
 from hga_compile.tuning.target import Target, TargetError, find_model, local_weights
 
-__all__ = ["STAND_IN", "Calibration", "Checkpoint", "calibrate_on", "quality_checkpoint"]
+__all__ = ["STAND_IN", "Calibration", "Checkpoint", "quality_checkpoint"]
 
 # What quality is transferred from where a model's own weights are not at hand.
 STAND_IN = "smollm2-135m"
@@ -40,26 +41,92 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class _Run:
     """A loaded checkpoint, and dense runs of it on texts."""
 
     model: Any
-    checkpoint: Checkpoint
     texts: list[tuple[str, Reference]]
-    """``name@length`` and the dense run."""
     screen: Screen
-    facts: dict[str, Any]
-    """Name, shape and SHA-256 of the checkpoint."""
-    length: int
-    """Tokens of the shortest text."""
+
+
+class Calibration:
+    """A checkpoint and texts; it is loaded and run densely when a number is asked for first.
+
+    Parameters
+    ----------
+    checkpoint
+        What quality is measured on.
+    documents, lengths
+        Each text is cut to each length; too short ones are left out.
+    scored
+        Tokens at the end of each that are predicted.
+    screen_layers, screen_queries
+        What the cheap stage looks at.
+    device
+        Where it runs.
+    say
+        Told what takes time.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, documents: Sequence[Document], lengths: Sequence[int], *, scored: int,
+        screen_layers: int, screen_queries: int, device: torch.device, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.documents, self.lengths = checkpoint, documents, sorted(lengths)
+        self.scored, self.device, self.say = scored, device, say
+        self.screen_layers, self.screen_queries = screen_layers, screen_queries
+        self.facts = model_facts(checkpoint.folder)
+        """Name, shape and SHA-256 of the checkpoint."""
+        self._made: _Run | None = None
+        self._lock = Lock()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the shortest text."""
+        return self.lengths[0]
 
     def change(self, routing: Routing) -> float:
         """Return the cheap stage's number."""
-        return self.screen.change(routing)
+        return self._run().screen.change(routing)
+
+    def sensitivities(self, routing: Routing) -> dict[int, float]:
+        """Return the cheap stage's number of each layer by itself."""
+        return self._run().screen.sensitivities(routing)
 
     def quality(self, profile: Profile, compiled: bool = False) -> Quality:
         """Return the full model's numbers."""
-        return measure(self.model, profile, self.texts, compiled)
+        run = self._run()
+        return measure(run.model, profile, run.texts, compiled)
+
+    def _run(self) -> _Run:
+        with self._lock:  # trials may be threads
+            if self._made is None:
+                self._made = self._load()
+            return self._made
+
+    def _load(self) -> _Run:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = self.checkpoint.folder
+        self.say(f"loading {self.checkpoint.card.name}")
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = model.to(self.device).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        texts, seen = [], []
+        for length in self.lengths:
+            for document in self.documents:
+                ids = first_tokens(tokenizer, document.text, length)
+                if ids is None:
+                    self.say(f"text {document.name!r} has fewer than {length:,} tokens: left out")
+                    continue
+                self.say(f"dense run of {document.name}, {length:,} tokens")
+                reference, captured = capture(model, ids, self.scored)
+                texts.append((f"{document.name}@{length}", reference))
+                seen.append(captured)
+        if not texts:
+            raise TargetError(f"no text has {self.length:,} tokens (--text, --corpus, --lengths)")
+        return _Run(model, texts, Screen(seen, self.screen_layers, self.screen_queries))
 
 
 def quality_checkpoint(target: Target, named: str | None) -> Checkpoint:
@@ -96,57 +163,6 @@ def quality_checkpoint(target: Target, named: str | None) -> Checkpoint:
             f"HGA_MODELS ({where or 'not set'}) or the hub's cache; name a checkpoint (--quality-model)"
         )
     return Checkpoint(folder, card, False)
-
-
-def calibrate_on(
-    checkpoint: Checkpoint, documents: Sequence[Document], lengths: Sequence[int], *, scored: int,
-    screen_layers: int, screen_queries: int, device: torch.device, say: Callable[[str], None],
-) -> Calibration:  # fmt: skip
-    """Load a checkpoint and run it densely on texts.
-
-    Parameters
-    ----------
-    checkpoint
-        What to load.
-    documents, lengths
-        Each text is cut to each length; too short ones are left out.
-    scored
-        Tokens at the end of each that are predicted.
-    screen_layers, screen_queries
-        What the cheap stage looks at.
-    device
-        Where it runs.
-    say
-        Told what takes time.
-
-    Raises
-    ------
-    TargetError
-        No text has enough tokens.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    say(f"loading {checkpoint.card.name}")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True)
-    model = model.to(device).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    texts, seen = [], []
-    for length in sorted(lengths):
-        for document in documents:
-            ids = first_tokens(tokenizer, document.text, length)
-            if ids is None:
-                say(f"text {document.name!r} has fewer than {length:,} tokens: left out")
-                continue
-            say(f"dense run of {document.name}, {length:,} tokens")
-            reference, captured = capture(model, ids, scored)
-            texts.append((f"{document.name}@{length}", reference))
-            seen.append(captured)
-    if not texts:
-        raise TargetError(f"no text has {min(lengths):,} tokens (--text, --corpus, --lengths)")
-    screen = Screen(seen, screen_layers, screen_queries)
-    facts = model_facts(checkpoint.folder)
-    return Calibration(model, checkpoint, texts, screen, facts, min(lengths))
 
 
 def _same(one: ModelCard, other: ModelCard) -> bool:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
 
-__all__ = ["ResumeError", "done", "make_sampler", "open_storage", "open_study", "refuse_old"]
+__all__ = ["ResumeError", "done", "make_sampler", "open_storage", "open_study", "refuse_old", "saved"]
 
 SAMPLERS = ("tpe", "gp", "nsga2")
 
@@ -70,6 +70,16 @@ def refuse_old(storage: BaseStorage, name: str, resume: bool) -> None:
         raise ResumeError(
             f"study {name!r} is there already; go on with it (--resume) or name another folder (--out)"
         )
+
+
+def saved(storage: BaseStorage, name: str) -> dict[str, Any]:
+    """Return what a study has noted; nothing if there is none."""
+    import optuna
+
+    if name not in optuna.get_all_study_names(storage):
+        return {}
+    found: dict[str, Any] = optuna.load_study(study_name=name, storage=storage).user_attrs
+    return found
 
 
 def open_study(

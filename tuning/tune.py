@@ -19,7 +19,7 @@ from hga_compile.evaluation.provenance import environment
 from hga_compile.tuning.choose import Preference, choose, front
 from hga_compile.tuning.latency import Latency
 from hga_compile.tuning.measure import Quality
-from hga_compile.tuning.quality import Calibration, Checkpoint, calibrate_on
+from hga_compile.tuning.quality import Calibration, Checkpoint
 from hga_compile.tuning.search import (
     Goal,
     default_trial,
@@ -30,7 +30,7 @@ from hga_compile.tuning.search import (
     survivors,
 )
 from hga_compile.tuning.space import Space, served
-from hga_compile.tuning.storage import make_sampler, open_storage, open_study, refuse_old
+from hga_compile.tuning.storage import make_sampler, open_storage, open_study, refuse_old, saved
 from hga_compile.tuning.target import Target
 from hga_compile.tuning.timing import present_is
 from hga_compile.tuning.writing import made_for, write_profile
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "NoneFeasible", "Request", "tune"]
 
+_SENSITIVITIES = "sensitivities"
 Told = Callable[[str, int, int, str], None]
 """Stage, trials done, trials in all, the best so far."""
 
@@ -122,12 +123,13 @@ def tune(request: Request, say: Callable[[str], None], told: Told, command: str)
     began = time.monotonic()
     storage = open_storage(request.storage)
     refuse_old(storage, f"{request.name}.screen", request.resume)
-    calibration = calibrate_on(
+    calibration = Calibration(
         request.checkpoint, request.documents, request.lengths, scored=request.scored,
         screen_layers=request.screen_layers, screen_queries=request.screen_queries,
         device=request.device, say=say,
     )  # fmt: skip
-    goal = _goal(request, calibration, say)
+    known = saved(storage, f"{request.name}.screen").get(_SENSITIVITIES)
+    goal = _goal(request, calibration, known, say)
     facts = _same_facts(request, calibration, goal)
 
     def study(stage: str, quality: str) -> Study:
@@ -136,6 +138,9 @@ def tune(request: Request, say: Callable[[str], None], told: Told, command: str)
         return open_study(storage, name, sampler, metrics(goal, quality), facts, request.resume)
 
     screen, full = study("screen", "change"), study("full", "kl")
+    if goal.space.sensitivities is not None and known is None:
+        found = {str(layer): value for layer, value in goal.space.sensitivities.items()}
+        screen.set_user_attr(_SENSITIVITIES, found)
     interrupted = False
 
     def left() -> float | None:
@@ -162,7 +167,9 @@ def tune(request: Request, say: Callable[[str], None], told: Told, command: str)
     return _found(request, calibration, goal, (screen, full), interrupted, command, began, say)
 
 
-def _goal(request: Request, calibration: Calibration, say: Callable[[str], None]) -> Goal:
+def _goal(
+    request: Request, calibration: Calibration, known: dict[str, float] | None, say: Callable[[str], None]
+) -> Goal:
     card, own = request.target.card, request.checkpoint.own
     here = None
     if request.gpu.kind == "cpu":
@@ -170,9 +177,11 @@ def _goal(request: Request, calibration: Calibration, say: Callable[[str], None]
     elif torch.cuda.is_available() and present_is(torch.device("cuda", 0), request.gpu.device_names):
         here = torch.device("cuda", 0)
     sensitivities = None
-    if own:
+    if own and known is not None:
+        sensitivities = {int(layer): value for layer, value in known.items()}
+    elif own:
         say("sensitivity of each layer")
-        sensitivities = calibration.screen.sensitivities(request.base.routing)
+        sensitivities = calibration.sensitivities(request.base.routing)
     caches: tuple[float, ...] = (0.0,)
     cached = request.base.model_copy(
         update={"offload": request.base.offload.model_copy(update={"hot_cache": 0.1})}
@@ -262,7 +271,7 @@ def _facts(
     verified: Quality | None, where: dict[str, object], command: str,
 ) -> dict[str, Any]:  # fmt: skip
     card, shown = request.target.card, taken.user_attrs
-    texts = ", ".join(name for name, _ in calibration.texts)
+    texts = ", ".join(shown["by_text"])
     if request.checkpoint.own:
         origin = f"measured on {calibration.facts['name']}, SHA-256 {str(calibration.facts['sha256'])[:16]}"
     else:
