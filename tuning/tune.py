@@ -239,7 +239,7 @@ def _found(
             verified = calibration.quality(tried, compiled=True)
         except KeyboardInterrupt:  # what was found counts without it
             interrupted = True
-    sha = calibration.facts["sha256"] if request.checkpoint.own else None
+    sha = str(calibration.facts["sha256"]) if request.checkpoint.own else None
     where_for = f"{request.target.card.name} on {request.gpu.name} at {request.context:,} tokens"
     description = f"Tuned by hga-tune for {where_for}, preferring {request.prefer}."
     profile = made_for(profile, request.target.card, request.gpu, name, description, sha)
