@@ -175,7 +175,7 @@ def test_a_short_real_study(tmp_path, capsys):
 
     if find_model("smollm2-135m").folder is None:
         pytest.skip("no weights of smollm2-135m (HGA_MODELS)")
-    arguments = ["--model", "smollm2-135m", "--gpu", "rtx4090", "--context", "8192", "--lengths", "2048"]
+    arguments = ["--model", "smollm2-135m", "--gpu", "rtx4090", "--context", "8192", "--lengths", "1536"]
     arguments += [
         "--trials",
         "24",
