@@ -176,17 +176,8 @@ def test_a_short_real_study(tmp_path, capsys):
     if find_model("smollm2-135m").folder is None:
         pytest.skip("no weights of smollm2-135m (HGA_MODELS)")
     arguments = ["--model", "smollm2-135m", "--gpu", "rtx4090", "--context", "8192", "--lengths", "1536"]
-    arguments += [
-        "--trials",
-        "24",
-        "--measured",
-        "4",
-        "--scored",
-        "32",
-        "--out",
-        str(tmp_path),
-        "--no-report",
-    ]
+    arguments += ["--trials", "14", "--measured", "3", "--scored", "32", "--tiers", "host", "--no-report"]
+    arguments += ["--out", str(tmp_path)]
     assert main([*arguments, "--max-delta-nll", "0.5", "--device", "cpu", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     default, verified = result["default"], result["verified"]
