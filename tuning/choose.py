@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +11,12 @@ __all__ = ["PREFERENCES", "Preference", "choose", "front"]
 Preference = Literal["quality", "balanced", "speed"]
 PREFERENCES: tuple[Preference, ...] = ("quality", "balanced", "speed")
 Point = tuple[float, ...]
-_NEAR = 1.05
+# Most of the default's quality and latency that a choice may have.
+_MOST: dict[Preference, tuple[float, float]] = {
+    "quality": (math.inf, math.inf),
+    "balanced": (1.25, 1.25),
+    "speed": (1.05, math.inf),
+}
 
 
 def front(points: Sequence[Point]) -> list[int]:
@@ -36,8 +42,8 @@ def choose(points: Sequence[Point], prefer: Preference, baseline: Point | None =
         `quality` and `speed` take the best in the one, `balanced` the point with the least product of both,
         which is the one where a percent of the one costs a percent of the other.
     baseline : tuple of float or None
-        The default setting's point. `quality` takes no slower one, `speed` no worse one and `balanced` one
-        that is neither, where there are such; 5% count as nothing.
+        The default setting's point. `speed` takes no worse one (5% count as nothing) and `balanced` one that
+        is at most a quarter slower and a quarter worse, where there are such.
 
     Raises
     ------
@@ -48,12 +54,13 @@ def choose(points: Sequence[Point], prefer: Preference, baseline: Point | None =
         raise ValueError("at least one feasible point is wanted, got none")
     candidates = front(points)
     if baseline is not None:
-        limits = {"quality": (1,), "speed": (0,), "balanced": (0, 1)}[prefer]
-        # What is less is no more than what the hardware model is off by.
+        most = _MOST[prefer]
         near = [
             number
             for number in candidates
-            if all(points[number][at] <= _NEAR * baseline[at] for at in limits)
+            if all(
+                got <= limit * had for got, limit, had in zip(points[number], most, baseline, strict=False)
+            )
         ]
         candidates = near or candidates
 

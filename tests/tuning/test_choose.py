@@ -29,11 +29,12 @@ def test_preferences(prefer, number):
     assert choose(POINTS, prefer) == number
 
 
-def test_against_the_default_quality_is_not_slower_speed_not_worse_balanced_neither():
+def test_against_the_default_speed_is_not_worse_and_balanced_at_most_a_quarter_slower():
     default = (0.06, 30.0)
-    assert choose(POINTS, "quality", default) == 1
+    assert choose(POINTS, "quality", default) == 4
     assert choose(POINTS, "speed", default) == 2
-    assert choose(POINTS, "balanced", default) in (1, 2)
+    assert choose(POINTS, "balanced", default) == 1
+    assert choose(POINTS, "balanced", (0.06, 22.0)) == 2
 
 
 def test_a_default_that_nothing_beats_limits_nothing():

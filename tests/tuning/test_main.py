@@ -190,7 +190,7 @@ def test_a_short_real_study(tmp_path, capsys):
     assert paper["values"][0] > 1.5 * default["values"][0]
     chosen = result["chosen"]
     assert verified["kl"] == pytest.approx(chosen["values"][0], rel=0.05)
-    assert chosen["values"][0] <= 1.05 * default["values"][0]
-    assert chosen["values"][1] <= 1.05 * default["values"][1]
+    assert chosen["values"][0] <= 1.25 * default["values"][0]
+    assert chosen["values"][1] <= 1.25 * default["values"][1]
     profile = load_profile(Path(tmp_path) / "smollm2-135m.rtx4090.yaml")
     assert profile.gpu == "NVIDIA GeForce RTX 4090"
