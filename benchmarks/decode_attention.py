@@ -2,17 +2,20 @@
 
     python benchmarks/decode_attention.py
 
-Random K/V: time does not depend on them. Peers in the same run are cuDNN and flash SDPA over the whole K/V
-in GPU memory, and FlexAttention over the same share of it in whole blocks of 128 tokens, given which ones: no
-routing is in its time. The floor is what must be read once, at rates that the same run measures: codes and
-scales from GPU memory, routed K/V from where they lie.
+Random K/V: time does not depend on them. As in a model of many layers, no step finds what it reads in the
+cache: each call reads an index, or K/V, of its own, so many that they do not fit. Peers in the same run are
+cuDNN and flash SDPA over the whole K/V in GPU memory, and FlexAttention over the same share of it in whole
+blocks of 128 tokens, given which ones: no routing is in its time. The floor is what must be read once, at
+rates that the same run measures: codes and scales from GPU memory, routed K/V from where they lie.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,26 @@ from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import gpu
 from hga_compile.kernels.plan import plan_queries
-from hga_compile.kernels.tuner import graph_microseconds as microseconds
+from hga_compile.kernels.tuner import graph_microseconds
 
 KV_HEADS, HEADS, DIM, DTYPE = 4, 8, 128, torch.bfloat16
 ROUTING = Routing(budget=Budget(fraction=0.03, tokens=256), auto_chunk_tokens=2**21)
 CASES = ((1, 16384), (1, 65536), (1, 262144), (1, 1048576), (8, 65536))
 PEERS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 FLEX, FLEX_BLOCK = "FlexAttention", 128
+# Bytes that no cache of a GPU holds, and calls of one graph, each of which may have inputs of its own.
+UNCACHED, CALLS = 200 * 2**20, 20
+
+
+def copies(size: int) -> int:
+    """Return of how many inputs of `size` bytes none is in the cache when it is read again."""
+    return min(CALLS, -(-UNCACHED // size))
+
+
+def microseconds(step: Callable[..., object], inputs: list[Any], calls: int = CALLS) -> float:
+    """Return the median time of a call, each with the next input, by CUDA-graph replay."""
+    each = cycle(inputs)
+    return graph_microseconds(lambda: step(*next(each)), calls)
 
 
 def rates() -> dict[str, float]:
@@ -41,8 +57,8 @@ def rates() -> dict[str, float]:
     inside = torch.ones(2, 2**28, device="cuda")
     host = torch.empty(2**28, pin_memory=True)
     # By a kernel: the copy engine reaches two thirds of what kernels do.
-    negation = microseconds(lambda: torch.neg(inside[0], out=inside[1]), 1)
-    transfer = microseconds(lambda: inside[0].copy_(host, non_blocking=True), 1)
+    negation = microseconds(lambda: torch.neg(inside[0], out=inside[1]), [()], 1)
+    transfer = microseconds(lambda: inside[0].copy_(host, non_blocking=True), [()], 1)
     return {"gpu": 2 * 2**30 / negation * 1e6, "host": 2**30 / transfer * 1e6}
 
 
@@ -54,7 +70,7 @@ def compiled_flex() -> Any:
 
 
 def flex_steps(query: Tensor, key: Tensor, value: Tensor, share: float) -> tuple[Any, Any]:
-    """Return FlexAttention over a share of the K/V in random blocks, and dense attention to the same blocks.
+    """Return FlexAttention to K/V over a share of random blocks, and what dense attention to these gives.
 
     Parameters
     ----------
@@ -78,17 +94,22 @@ def flex_steps(query: Tensor, key: Tensor, value: Tensor, share: float) -> tuple
         mask_mod=lambda batch, head, query, key: chosen[key // FLEX_BLOCK],
     )  # fmt: skip
     inside = order[:count, None] * FLEX_BLOCK + torch.arange(FLEX_BLOCK, device=device)
-    near = (part[:, :, inside.flatten()] for part in (key, value))
-    dense = torch.nn.functional.scaled_dot_product_attention(query, *near, enable_gqa=True)
-    return lambda: compiled_flex()(query, key, value, block_mask=mask, enable_gqa=True), dense
+    near = [part[:, :, inside.flatten()] for part in (key, value)]
+    dense = torch.nn.functional.scaled_dot_product_attention(query, near[0], near[1], enable_gqa=True)
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> object:
+        return compiled_flex()(query, key, value, block_mask=mask, enable_gqa=True)
+
+    return step, dense
 
 
-def measure_flex(case: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> None:
+def measure_flex(case: dict[str, Any], inputs: list[Any]) -> None:
     """Add FlexAttention's time to a case, or why there is none."""
     try:
+        query, key, value = inputs[0]
         step, want = flex_steps(query, key, value, ROUTING.budget.fraction or 1.0)
-        torch.testing.assert_close(step(), want, rtol=0.02, atol=0.02)
-        case["sparse"] = {FLEX: microseconds(step)}
+        torch.testing.assert_close(step(*inputs[0]), want, rtol=0.02, atol=0.02)
+        case["sparse"] = {FLEX: microseconds(step, inputs)}
     except Exception as error:  # whatever a compiler raises; the other peers go on
         first = next(iter(str(error).splitlines()), "")
         case["errors"] = {FLEX: f"{type(error).__name__}: {first}"[:300]}
@@ -102,15 +123,23 @@ def measure(batch: int, tokens: int, tier: str, bandwidth: dict[str, float]) -> 
     pages = torch.empty(groups, rows, size * 2 * DIM, dtype=DTYPE, **place)
     for part in pages.split(4096):  # noise made on the CPU would take minutes
         part.copy_(torch.randn(part.shape, dtype=DTYPE, device=device))
-    shape = (rows, groups * size, DIM * ROUTING.bits // 8)
-    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).transpose(1, 2)
-    scales = torch.rand(rows, groups * size, device=device).half() + 0.5
-    query = torch.randn(rows, HEADS, DIM, dtype=DTYPE, device=device)
+    code_shape = (rows, groups * size, DIM * ROUTING.bits // 8)
+    queries = torch.randn(CALLS, rows, HEADS, DIM, dtype=DTYPE, device=device)
+    inputs: list[Any] = [
+        (
+            torch.randint(0, 256, code_shape, dtype=torch.uint8, device=device).transpose(1, 2),
+            torch.rand(rows, groups * size, device=device).half() + 0.5,
+            query,
+        )
+        for query in queries[: copies(rows * tokens * (DIM * ROUTING.bits // 8 + 2))]
+    ]
     spans = gpu.spans_of(ROUTING, plan_queries(ROUTING, tokens - 1, 1, None), None, device)
     settings: dict[str, Any] = {"routing": ROUTING, "scale": DIM**-0.5, "kv_heads": KV_HEADS}
-    took = microseconds(
-        lambda: gpu.decode_step(pages, codes, scales, query, spans, length=tokens, **settings)
-    )
+
+    def step(codes: Tensor, scales: Tensor, query: Tensor) -> object:
+        return gpu.decode_step(pages, codes, scales, query, spans, length=tokens, **settings)
+
+    took = microseconds(step, inputs)
     index_bytes = rows * spans.groups * size * (DIM * ROUTING.bits / 8 + 2)
     routed_bytes = rows * spans.attended * 2 * DIM * DTYPE.itemsize
     floor = (index_bytes / bandwidth["gpu"] + routed_bytes / bandwidth[tier]) * 1e6
@@ -125,17 +154,19 @@ def measure(batch: int, tokens: int, tier: str, bandwidth: dict[str, float]) -> 
         "peers": {},
     }
     if tier == "gpu":
-        key, value = torch.randn(2, batch, KV_HEADS, tokens, DIM, dtype=DTYPE, device=device).unbind()
-        dense = query.view(batch, KV_HEADS * HEADS, 1, DIM)
+        del inputs
+        shape = (2, batch, KV_HEADS, tokens, DIM)
+        dense: list[Any] = [
+            (query.view(batch, KV_HEADS * HEADS, 1, DIM), *torch.randn(shape, dtype=DTYPE, device=device))
+            for query in queries[: copies(2 * rows * tokens * DIM * DTYPE.itemsize)]
+        ]
         for name, backend in PEERS.items():
             with sdpa_kernel(backend):
                 case["peers"][name] = microseconds(
-                    lambda: torch.nn.functional.scaled_dot_product_attention(
-                        dense, key, value, enable_gqa=True
-                    )
+                    partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True), dense
                 )
         if batch == 1:
-            measure_flex(case, dense, key, value)
+            measure_flex(case, dense)
     return case
 
 

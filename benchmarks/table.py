@@ -164,6 +164,21 @@ def prefill_attention(result: dict[str, Any]) -> str:
     )
 
 
+def summarize(result: dict[str, Any]) -> str:
+    """Codes and means of keys beside a copy of as many bytes."""
+    headings = ("what", "tokens", "hga", "floor", "measured / floor", "copy", "share of the copy's bandwidth")
+    rows = []
+    for case in result["cases"]:
+        took, floor, copy = case["microseconds"], case["floor_microseconds"], case["peers"]["copy"]
+        numbers = (f"{took:.1f}", f"{floor:.1f}", f"{case['measured_over_floor']:.2f}")
+        rows.append((case["kind"], str(case["tokens"]), *numbers, f"{copy:.1f}", f"{copy / took:.0%}"))
+    return (
+        f"{markdown(headings, rows)}\n\nMicroseconds, CUDA-graph replay, nothing cached. Floor: keys read "
+        f"and summaries written once, at {result['rate'] / 1e9:,.0f} GB/s (a copy of 2 GiB in the same run); "
+        "copy: a kernel that reads half as many bytes and writes the other half."
+    )
+
+
 def _sparse(case: dict[str, Any]) -> dict[str, str]:
     """Return the times of peers that read a share of the K/V, as text."""
     times = {name: f"{time:.1f}" for name, time in case.get("sparse", {}).items()}
@@ -177,6 +192,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compile_time": compile_time,
     "decode_attention": decode_attention,
     "prefill_attention": prefill_attention,
+    "summarize": summarize,
 }
 
 

@@ -112,10 +112,31 @@ class Offload(Settings):
     """Share of the tokens kept in GPU slots, above 0 and at most 1. null: no hot cache."""
 
     host_budget: Bytes | None = None
-    """Most host RAM for K/V: bytes, or a size such as `64GiB`. null: what the system allows."""
+    """Most host RAM of the process for K/V: bytes, or a size such as `64GiB`. null: what is free, of the
+    machine or of its control group."""
+
+    reserve_tokens: Count | None = None
+    """Tokens that a layer makes room for at once. null: it grows by a quarter whenever it is full."""
 
     nvme_folder: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")] | None = None
     """Folder of the `nvme` tier's files. null: the system's temporary folder."""
+
+    nvme_cache: Bytes = 2**30
+    """Most RAM that keeps pages of the `nvme` tier, of all layers together: bytes, or a size."""
+
+    nvme_page: Annotated[Bytes, Field(ge=2**15)] = 2**15
+    """Unit in which the `nvme` tier reads and writes, from `32KiB`; rounded up to 4 KiB and to a group."""
+
+    nvme_threads: Annotated[int, Field(ge=1, le=256)] = 8
+    """Reads and writes of the `nvme` tier that are under way at once."""
+
+    poison: bool = False
+    """For debugging: K/V that are given up are overwritten with NaN, and so is memory nobody has written."""
+
+    @property
+    def home(self) -> Literal["gpu", "host", "nvme"]:
+        """The tier, `auto` resolved."""
+        return "host" if self.tier == "auto" else self.tier
 
 
 class CompileSettings(Settings):

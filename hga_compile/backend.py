@@ -13,6 +13,7 @@ from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.hooks import install_hooks
+from hga_compile.kernels.states import STATES
 from hga_compile.made_for import check_made_for
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.flatten import flatten, inputs_of, leaves_of
@@ -82,10 +83,28 @@ def hga(
     note_graph(rewritten.decisions)
     _warn_static(rewritten.decisions)
     leaves = leaves_of(inputs_of(graph))
+    opens = any(node.target is torch.ops.hga.open.default for node in rewritten.graph.graph.nodes)
     if not any(path for _, path in leaves):
-        return _inner(rewritten.graph, example_inputs, profile, mode)
+        call = _inner(rewritten.graph, example_inputs, profile, mode)
+        return _clearing(call) if opens else call
     call = _inner(rewritten.graph, flatten(example_inputs, leaves), profile, mode)
+    call = _clearing(call) if opens else call
     return lambda *inputs: call(*flatten(inputs, leaves))
+
+
+def _clearing(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a graph that fails give up the stores that it opened: no cache has got their handles."""
+
+    def run(*inputs: Any) -> Any:
+        with STATES.watch() as opened:
+            try:
+                return call(*inputs)
+            except BaseException:
+                for handle in opened:
+                    STATES.close(handle)
+                raise
+
+    return run
 
 
 def _finish(decisions: list[Decision], profile: Profile) -> None:
@@ -133,15 +152,11 @@ def _canonical(value: Any) -> Any:
 def _check_offload(profile: Profile) -> None:
     """Refuse settings that nothing serves, rather than ignore them."""
     offload = profile.offload
-    if offload.tier == "nvme":
+    if offload.hot_cache is not None and offload.home != "host":
         raise ProfileError(
-            "tier nvme is not available in this version, expected gpu, host or auto (offload.tier)"
+            f"offload.hot_cache keeps copies of K/V that lie in host RAM, got {offload.hot_cache} with "
+            f"offload.tier {offload.home!r}, expected tier 'host' (offload.tier) or null (offload.hot_cache)"
         )
-    for name in ("hot_cache", "host_budget", "nvme_folder"):
-        if getattr(offload, name) is not None:
-            raise ProfileError(
-                f"offload.{name} is not available in this version, expected null (offload.{name})"
-            )
 
 
 def _device_of(example_inputs: Sequence[Any]) -> torch.device:

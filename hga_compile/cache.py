@@ -1,18 +1,20 @@
 """Cache layers for transformers whose K/V live in an hga store, reached through a handle in the graph."""
 
 import copy
-from typing import Any, Literal
+import os
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hga_compile.configs.loader import resolve_profile
-from hga_compile.configs.profile import Kernels, Profile
+from hga_compile.configs.profile import Kernels, Offload, Profile
 from hga_compile.kernels import ops
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.states import STATES
-from hga_compile.store import LayerStore
+from hga_compile.saving import load_layers, save_layers
+from hga_compile.store import Held, LayerStore
 from hga_compile.tracing import traced_for_hga
 
 __all__ = ["CacheMemory", "HGACache", "HGALayer", "HGASlidingLayer", "cache_memory"]
@@ -31,7 +33,7 @@ class _Stored:
     """Whether the layer opens its store on the first update, compiled or not."""
     dtype: torch.dtype
     device: torch.device
-    tier: Literal["gpu", "host"] | None = None
+    place: Offload | None = None
     """Where a store that is opened by code that is not compiled keeps its rows; None: with the K/V."""
     kernels: Kernels = "auto"
     """What moves rows that are stored by code that is not compiled."""
@@ -105,6 +107,8 @@ class _Stored:
         """Forget everything."""
         if self.handle is not None:
             self._close()
+            # At once: the memory is wanted for what comes next.
+            STATES.collect()
             # What the stock layer would overwrite with zeros is in the store, which is gone.
             self._plain_keys = self._plain_values = None
             self.is_initialized = False
@@ -123,7 +127,7 @@ class _Stored:
                 f"try {-tokens_to_remove}"
             )
         length = max(0, self.seen + tokens_to_remove)
-        self._state().truncate(length)
+        self.state.truncate(length)
         self.seen = length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -157,12 +161,27 @@ class _Stored:
         if self.handle is None:
             super().prefetch()  # type: ignore[misc]
 
-    def memory(self) -> tuple[int, int, int]:
-        """Return bytes of K/V on the accelerator, of the index, and of K/V in host RAM."""
+    def memory(self) -> Held:
+        """Return bytes of K/V and index, by place."""
         if self.handle is not None:
-            return self._state().nbytes()
+            return self.state.nbytes()
         plain = [part for part in (self._plain_keys, self._plain_values) if part is not None]
-        return sum(part.nbytes for part in plain), 0, 0
+        return Held(sum(part.nbytes for part in plain))
+
+    def restore(
+        self,
+        state: LayerStore,
+        sizes: tuple[int, int, int, int],
+        seen: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Take over a store of `seen` tokens; `sizes`: batch, KV heads, channels of a key, of a value."""
+        batch, heads, dim, v_dim = sizes
+        empty = torch.empty(batch, heads, 0, dim, dtype=dtype, device=device)
+        super().lazy_initialization(empty, empty.new_empty(batch, heads, 0, v_dim))  # type: ignore[misc]
+        self._plain_keys = self._plain_values = None
+        self.sizes, self.seen, self.handle = sizes, seen, STATES.adopt(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         other = type(self).__new__(type(self))
@@ -172,7 +191,8 @@ class _Stored:
             own = name in ("handle", "_spent")
             other.__dict__[name] = None if own else copy.deepcopy(value, memo)
         if self.handle is not None:
-            other.handle = STATES.adopt(self._state().clone())
+            STATES.collect()
+            other.handle = STATES.adopt(self.state.clone())
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,11 +218,14 @@ class _Stored:
         batch, heads, _, dim = key_states.shape
         self.sizes = (batch, heads, dim, value_states.shape[-1])
         self.seen = self.get_seq_length()
-        self.handle = torch.empty(1, dtype=torch.int64, device="cpu")
+        # Should opening fail: memory that nobody has written may hold another store's number, 0 is none's.
+        make = torch.empty if torch.compiler.is_compiling() else torch.zeros
+        self.handle = make(1, dtype=torch.int64, device="cpu")
         torch.ops.hga.open(keys, values, self.handle, kernels=self.kernels)
         self._plain_keys = self._plain_values = None
-        if self.tier is not None and not torch.compiler.is_compiling():
-            self._state().tier = self.tier
+        if self.place is not None and not torch.compiler.is_compiling():
+            state = self.state
+            state.tier, state.place = self.place.home, self.place
 
     def _read(self) -> tuple[Tensor, Tensor]:
         batch, heads, dim, value_dim = self.sizes
@@ -225,14 +248,16 @@ class _Stored:
                 STATES.close(handle)
         self.handle, self._spent, self.seen = None, None, 0
 
-    def _state(self) -> LayerStore:
+    @property
+    def state(self) -> LayerStore:
+        """The store; there must be one."""
         assert self.handle is not None  # callers have checked
         state = STATES.get(self.handle)
         assert isinstance(state, LayerStore)  # the only kind that is ever opened
         return state
 
     def _select(self, index: Tensor) -> None:
-        self._state().select_batch(index)
+        self.state.select_batch(index)
         self.sizes = (len(index), *self.sizes[1:])
 
 
@@ -270,7 +295,7 @@ class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
 
     def _leave_window(self) -> None:
         """Go on as the stock layer outside of compiled code: a store of a window cannot return all K, V."""
-        if self.handle is not None and not torch.compiler.is_compiling() and self._state().recent is not None:
+        if self.handle is not None and not torch.compiler.is_compiling() and self.state.recent is not None:
             self._to_plain()
 
     def _open(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -285,7 +310,7 @@ class HGASlidingLayer(_Stored, DynamicSlidingWindowLayer):
 
     def _read(self) -> tuple[Tensor, Tensor]:
         """Return as many of the last rows as the stock layer keeps."""
-        recent = None if torch.compiler.is_compiling() else self._state().recent
+        recent = None if torch.compiler.is_compiling() else self.state.recent
         if recent is None:
             parts = super()._read()
         elif recent.key is None or recent.value is None:
@@ -314,7 +339,7 @@ class HGACache(DynamicCache):
     config : transformers.PretrainedConfig
         Of the model.
     profile : Profile, str, path or None
-        Whose `offload.tier` the K/V start in, and whose `compile.kernels` move them; None: environment and
+        Whose `offload` says where the K/V start, and whose `compile.kernels` move them; None: environment and
         built-in default.
 
     Raises
@@ -326,6 +351,7 @@ class HGACache(DynamicCache):
     def __init__(self, config: Any, profile: Any = None) -> None:
         options = None if profile is None else {"profile": profile}
         self.profile: Profile = resolve_profile(options)
+        self.config = config
         super().__init__(config=config)
         for number, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
@@ -335,8 +361,61 @@ class HGACache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, _Stored):
                 layer.stored = True
-                layer.tier = "gpu" if self.profile.offload.tier == "gpu" else "host"
+                layer.place = self.profile.offload
                 layer.kernels = self.profile.compile.kernels
+
+    def save(self, path: str | os.PathLike[str], model: str | None = None) -> None:
+        """Write the cache to a file, which `load` reads in any process.
+
+        Parameters
+        ----------
+        path : str or path
+            The file; what is there is replaced once the new one is whole.
+        model : str or None
+            Name under which the weights are known; None: where the config was loaded from.
+
+        Raises
+        ------
+        SnapshotError
+            Nothing is stored yet, or a layer is of a kind that cannot be saved.
+        StoreFullError, StoreIOError
+            The file system has no room, or failed; what was at `path` is still there.
+        """
+        save_layers(self, os.fspath(path), self.config, model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: Any,
+        profile: Any = None,
+        *,
+        model: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "HGACache":
+        """Read a cache that `save` wrote; generation goes on as if it had never stopped.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+        config, profile
+            As for a new cache: of the model, and where the K/V go.
+        model : str or None
+            As `save` was given it.
+        device : torch.device or str
+            Where the model computes.
+
+        Raises
+        ------
+        SnapshotError
+            A damaged file, or one of another model, revision, dtype, positions or layout.
+        StoreError
+            The tier has no room for it.
+        """
+        cache = cls(config, profile)
+        load_layers(cache, os.fspath(path), config, model, torch.empty(0, device=device).device)
+        return cache
 
     @property
     def is_compileable(self) -> bool:
@@ -381,14 +460,14 @@ def cache_memory(cache: Any) -> CacheMemory:
     CacheMemory
         In bytes; capacity, not only what is filled.
     """
-    totals = [0, 0, 0]
+    totals = Held()
     for layer in cache.layers:
         if isinstance(layer, _Stored):
             part = layer.memory()
         else:
             plain = (getattr(layer, name, None) for name in ("keys", "values"))
-            part = (sum(tensor.nbytes for tensor in plain if isinstance(tensor, Tensor)), 0, 0)
-        totals = [total + more for total, more in zip(totals, part, strict=True)]
+            part = Held(sum(tensor.nbytes for tensor in plain if isinstance(tensor, Tensor)))
+        totals = Held(*(total + more for total, more in zip(totals, part, strict=True)))
     return CacheMemory(*totals)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.dispatch import Need, Way, choose, preferred
+from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
 from hga_compile.kernels.plan import QueryPlan, plan_queries
@@ -43,7 +44,7 @@ class KeyValues(Protocol):
 
     @property
     def paged(self) -> bool:
-        """Whether they lie in pages, which kernels may read in place."""
+        """Whether they lie in pages, which kernels may read in place or from what is fetched."""
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys ``[rows, end - begin, dim]`` and values, on the compute device."""
@@ -53,6 +54,13 @@ class KeyValues(Protocol):
 
         Tokens past the end of the sequence may hold anything finite or not; the caller masks them.
         """
+
+    @property
+    def hot(self) -> HotCache | None:
+        """Slots on the GPU for pages in pinned host memory; None without."""
+
+    def fetch(self, groups: Tensor) -> Tensor:
+        """Return copies of the ``[rows, n]`` groups: pages ``[n, rows, page]`` on the compute device."""
 
     @property
     def host_pages(self) -> Tensor | None:

@@ -281,15 +281,14 @@ struct Span {
   std::int64_t sink_start, sink_end, window, chosen, length;
 };
 
-// One query of one row (see hga_steps); false if a score is not finite.
-bool step(const float* pages, std::int64_t page_stride, const std::uint8_t* codes, std::int64_t byte_stride,
-          const float* scales, const float* turned, const float* query, float* out, const Span& span, int heads, int dim,
-          int v_dim, int size, int bits, int most, float scale) {
+// Lists the groups of one query of one row (see hga_steps); false if a score is not finite.
+bool list_groups(const std::uint8_t* codes, std::int64_t byte_stride, const float* scales, const float* turned,
+                 const Span& span, int heads, int dim, int size, int bits, int most,
+                 std::vector<std::int64_t>& groups) {
   const std::int64_t tokens = span.window * size, blocks = (tokens + kBlock - 1) / kBlock;
   const std::int64_t last = (span.length + size - 1) / size;
   // Kept from step to step: fresh memory costs more than what is done with it.
-  thread_local std::vector<float> scores, peaks, masses, votes, sorted, weights;
-  thread_local std::vector<std::int64_t> groups;
+  thread_local std::vector<float> scores, peaks, masses, votes, sorted;
   groups.clear();
   for (std::int64_t group = span.sink_start; group < span.sink_end; ++group) groups.push_back(group);
   if (span.chosen >= span.window - span.sink_end) {
@@ -308,9 +307,20 @@ bool step(const float* pages, std::int64_t page_stride, const std::uint8_t* code
     choose(votes.data(), span.sink_end, span.window, span.chosen, sorted, groups);
   }
   for (std::int64_t group = span.window; group < last; ++group) groups.push_back(group);
+  return true;
+}
+
+// One query of one row (see hga_steps); false if a score is not finite.
+bool step(const float* pages, std::int64_t page_stride, const std::uint8_t* codes, std::int64_t byte_stride,
+          const float* scales, const float* turned, const float* query, float* out, const Span& span, int heads, int dim,
+          int v_dim, int size, int bits, int most, float scale) {
+  thread_local std::vector<float> weights;
+  thread_local std::vector<std::int64_t> groups;
+  if (!list_groups(codes, byte_stride, scales, turned, span, heads, dim, size, bits, most, groups)) return false;
   const std::int64_t count = static_cast<std::int64_t>(groups.size());
-  attend_row(pages, page_stride, groups.data(), count, count * size - (last * size - span.length), query, out, heads,
-             dim, v_dim, size, scale, weights);
+  const std::int64_t missing = (span.length + size - 1) / size * size - span.length;
+  attend_row(pages, page_stride, groups.data(), count, count * size - missing, query, out, heads, dim, v_dim, size,
+             scale, weights);
   return true;
 }
 
@@ -371,5 +381,18 @@ int hga_steps(const float* pages, const std::uint8_t* codes, std::int64_t row_st
   work();
   for (std::thread& other : others) other.join();
   return finite ? 0 : 1;
+}
+// The groups [rows, width] that hga_steps attends to from one query of each row. 1 if a score is not finite.
+int hga_routes(const std::uint8_t* codes, std::int64_t row_stride, std::int64_t byte_stride, const float* scales,
+               std::int64_t scale_stride, const float* turned, const Span* span, std::int64_t* groups,
+               std::int64_t rows, std::int64_t width, int heads, int dim, int size, int bits, int most) {
+  std::vector<std::int64_t> found;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    if (!list_groups(codes + row * row_stride, byte_stride, scales + row * scale_stride, turned + row * heads * dim, *span,
+                     heads, dim, size, bits, most, found))
+      return 1;
+    std::copy(found.begin(), found.begin() + std::min<std::int64_t>(width, found.size()), groups + row * width);
+  }
+  return 0;
 }
 }

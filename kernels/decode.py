@@ -13,10 +13,9 @@ from hga_compile.kernels.gpu import chunks_suffice, decode_step, spans_of
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import LowBitSummary
 from hga_compile.kernels.mean import MeanSummary
-from hga_compile.kernels.native import attend_pages
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.route import Chosen
-from hga_compile.kernels.steps import NO_CHOICE, native_pages, native_steps
+from hga_compile.kernels.steps import NO_CHOICE, attend_native, native_steps
 from hga_compile.kernels.tail import attend_gathered_with_tail
 
 __all__ = ["decode"]
@@ -42,13 +41,10 @@ def decode(call: Call) -> Tensor:
         groups, kept = _padded_groups(call, plan, chosen)
     # Only the last group can be incomplete, and it comes last.
     tokens = groups.shape[1] * routing.group_size - -length % routing.group_size
-    pages = native_pages(call)
-    if kept is None and pages is not None:
-        query = call.query.flatten(0, 1)[:, :, 0]
-        out = attend_pages(pages, groups, query, tokens, routing.group_size, call.scale)
-        if out is not None:
-            call.use.add_attended(call.kv.rows * tokens)
-            return out
+    out = attend_native(call, groups, tokens) if kept is None else None
+    if out is not None:
+        call.use.add_attended(call.kv.rows * tokens)
+        return out
     key, value = call.kv.gather(groups, routing.group_size)
     if kept is None:
         key, value, real = key[:, :tokens], value[:, :tokens], None
@@ -88,7 +84,7 @@ def _gpu_step(call: Call, plan: QueryPlan) -> Tensor | None:
     if call.way != "triton":
         return None
     routing, summary, pages, padding = call.routing, call.index.groups, call.kv.gpu_pages, call.padding
-    assert pages is not None and isinstance(summary, LowBitSummary | MeanSummary)  # covered
+    assert isinstance(summary, LowBitSummary | MeanSummary)  # covered
     if not 0 < plan.last_window <= summary.groups:
         give_up(call.kernels, call.way, NO_CHOICE)
         return None
@@ -101,12 +97,12 @@ def _gpu_step(call: Call, plan: QueryPlan) -> Tensor | None:
             give_up(call.kernels, call.way, "chunks of a padded row that may hold too few groups")
             return None
     spans = spans_of(routing, plan, starts, call.query.device)
-    query = call.query.flatten(0, 1)[:, :, 0].to(pages.dtype)
+    query = call.query.flatten(0, 1)[:, :, 0].to(call.kv.dtype)
     codes, scales = summary.stored
     out, groups = decode_step(
         pages, codes, scales, query, spans, length=call.length, routing=routing, scale=call.scale,
         scoring=call.scoring, kv_heads=call.query.shape[1], parts=None if chunks is None else chunks.means,
-        tail=call.index.tail,
+        tail=call.index.tail, fetch=call.kv.fetch, hot=call.kv.hot,
     )  # fmt: skip
     call.count_scored(plan.last_window)
     call.use.add_attended(spans.attended * (call.kv.rows // len(plan.visible)))

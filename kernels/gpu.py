@@ -3,6 +3,7 @@
 The modules of the kernels import Triton, which not every machine has: they are imported here, when used.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.routing import Routing
+from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.tail import TailSummary
@@ -162,12 +164,19 @@ def sent(table: Tensor, device: torch.device) -> Tensor:
 
 
 def encode(
-    keys: Tensor, centre: Tensor, codes: Tensor, scales: Tensor, begin: int, bits: int, step: float
+    keys: Tensor,
+    centre: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    begin: int,
+    bits: int,
+    step: float,
+    turned: Tensor | None = None,
 ) -> None:
     """Encode keys (see `triton_encode.encode`)."""
     from hga_compile.kernels import triton_encode
 
-    triton_encode.encode(keys, centre, codes, scales, begin, bits, step)
+    triton_encode.encode(keys, centre, codes, scales, begin, bits, step, turned)
 
 
 def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> None:
@@ -194,7 +203,7 @@ def load_rows(
 
 
 def decode_step(
-    pages: Tensor,
+    pages: Tensor | None,
     codes: Tensor,
     scales: Tensor | None,
     query: Tensor,
@@ -207,13 +216,16 @@ def decode_step(
     kv_heads: int,
     parts: Tensor | None = None,
     tail: TailSummary | None = None,
+    fetch: Callable[[Tensor], Tensor] | None = None,
+    hot: HotCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Route one query a head by summaries and attend to what it is routed to.
 
     Parameters
     ----------
-    pages : Tensor
-        ``[groups, rows, group_size * (dim + v_dim)]``, in GPU memory or pinned (see `store.pages.Pages`).
+    pages : Tensor or None
+        ``[groups, rows, group_size * (dim + v_dim)]``, in GPU memory or pinned (see `store.pages.Pages`);
+        None: they are fetched.
     codes, scales : Tensor
         ``[rows, bytes, tokens]`` uint8, bytes innermost in memory, and ``[rows, tokens]`` float16 (see
         `lowbit.encode_keys`); or ``[rows, groups, dim]`` means, and None (see `mean.MeanSummary`).
@@ -236,6 +248,11 @@ def decode_step(
         `spans.chunks` are kept; None: all are.
     tail : TailSummary or None
         Estimates of what is not attended to; they go with neither soft-cap nor sinks.
+    fetch : callable or None
+        Returns copies ``[n, rows, page]`` of ``[rows, n]`` groups on the GPU, where there are no `pages`;
+        this waits for the GPU.
+    hot : HotCache or None
+        Slots for pages that lie in pinned memory.
 
     Returns
     -------
@@ -257,8 +274,30 @@ def decode_step(
     if tail is not None:
         estimate = tail_shares(query, tail, table, length=length, scale=scale, rows_of_span=shared)
     logits = None if scoring.sinks is None else scoring.sinks.float()
+    slots = None
+    if pages is None:
+        assert fetch is not None  # one of the two is given
+        pages, slots = _fetched(chosen, spans, -(-length // routing.group_size), fetch)
+    near = None
+    if hot is not None:
+        entries = hot.place(chosen, table, length, routing.group_size, shared)
+        near = hot.pool, entries
     out = attend_listed(
         pages, chosen, table, query, logits, length=length, group_size=routing.group_size, scale=scale,
-        softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads, tail=estimate,
+        softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads, slots=slots, tail=estimate, hot=near,
     )  # fmt: skip
     return out, chosen
+
+
+def _fetched(
+    chosen: Tensor, spans: Spans, groups: int, fetch: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Fetch listed groups: a pool of their pages, and the table of where each lies in it."""
+    rows, width = chosen.shape
+    place = torch.arange(width, device=chosen.device)
+    # What stands behind a row's own list is anything; its first group is there in any case.
+    listed = torch.where(place < spans.listed(rows), chosen, 0).long()
+    slots = torch.zeros(rows, groups, dtype=torch.int32, device=chosen.device)
+    number = place * rows + torch.arange(rows, device=chosen.device)[:, None]
+    slots.scatter_(1, listed, number.to(torch.int32))
+    return fetch(listed).flatten(0, 1), slots

@@ -15,7 +15,7 @@ from hga_compile.kernels.chunks import ChunkSummary
 from hga_compile.kernels.summaries import Summary, make_summary
 from hga_compile.kernels.tail import TailSummary
 
-__all__ = ["KeyValueReader", "LayerIndex"]
+__all__ = ["KeyValueReader", "LayerIndex", "MeanQuery"]
 
 del _lowbit, _mean
 
@@ -42,7 +42,8 @@ class LayerIndex:
         self.groups: Summary | None = None
         self.chunks: ChunkSummary | None = None
         self.tail: TailSummary | None = None
-        self._queries: _MeanQuery | None = None
+        self.queries: MeanQuery | None = None
+        """Mean of the first queries, which a tail is expanded about; None before there are any."""
         self._centre_end = 0
         """Position past the last key that the centre is made of."""
         self._centred: Tensor | None = None
@@ -63,11 +64,11 @@ class LayerIndex:
         # Once the tail is made its mean query is fixed.
         if self.tail is not None and self._centred is None:
             return
-        if self._queries is None:
+        if self.queries is None:
             rows, heads, _, dim = query.shape
             zeros = query.new_zeros
-            self._queries = _MeanQuery(zeros(rows, heads, dim), zeros(rows, dtype=torch.int64))
-        self._queries.add(query, first, key_mask, self.routing.centre_tokens)
+            self.queries = MeanQuery(zeros(rows, heads, dim), zeros(rows, dtype=torch.int64))
+        self.queries.add(query, first, key_mask, self.routing.centre_tokens)
 
     def extend(self, length: int, read: KeyValueReader, key_mask: Tensor | None) -> None:
         """Summarise every complete group and chunk of the first `length` tokens.
@@ -106,7 +107,7 @@ class LayerIndex:
             if length < self._centre_end:
                 self.groups = self.tail = self._centred = None
         if length == 0:
-            self._queries = None
+            self.queries = None
         if length < self.routing.chunk_size:
             self.chunks = self.tail = None
         for part in (self.chunks, self.tail):
@@ -118,8 +119,8 @@ class LayerIndex:
         for part in (self.groups, self.chunks, self.tail):
             if part is not None:
                 part.select_rows(rows)
-        if self._queries is not None:
-            self._queries = self._queries.select_rows(rows)
+        if self.queries is not None:
+            self.queries = self.queries.select_rows(rows)
         if self._centred is not None:
             self._centred = self._centred[rows.to(self._centred.device)]
 
@@ -127,7 +128,7 @@ class LayerIndex:
         """Return an index without summaries that makes the same ones again from the same K/V."""
         other = LayerIndex(self.routing, self.kernels)
         # What was noted is replaced, never written to: both may hold it.
-        other._queries = None if self._queries is None else replace(self._queries)
+        other.queries = None if self.queries is None else replace(self.queries)
         return other
 
     def nbytes(self) -> int:
@@ -180,21 +181,24 @@ class LayerIndex:
     def _extend_tail(self, end: int, read: KeyValueReader) -> None:
         size = self.routing.chunk_size
         done = 0 if self.tail is None else self.tail.chunks * size
-        if end <= done or self._queries is None:
+        if end <= done or self.queries is None:
             return
         keys, values = read(done, end)
         if self.tail is None:
-            self.tail = TailSummary(size, self._queries.mean(), values.shape[2])
+            self.tail = TailSummary(size, self.queries.mean(), values.shape[2])
         self.tail.append(keys, values)
 
 
 @dataclass
-class _MeanQuery:
+class MeanQuery:
     """Mean over the first queries of each row; sums are replaced, never written to."""
 
-    total: Tensor  # [rows, heads, dim] float32
-    count: Tensor  # [rows] int64
-    end: int = 0  # position past the last query that was looked at
+    total: Tensor
+    """Sum, ``[rows, heads, dim]`` float32."""
+    count: Tensor
+    """Queries in it, ``[rows]`` int64."""
+    end: int = 0
+    """Position past the last query that was looked at."""
 
     def add(self, query: Tensor, first: int, key_mask: Tensor | None, most: int) -> None:
         """Add queries at positions not looked at yet, until `most` of a row are in."""
@@ -209,8 +213,10 @@ class _MeanQuery:
         self.count = self.count + counted.sum(1)
 
     def mean(self) -> Tensor:
+        """Return the mean, ``[rows, heads, dim]``."""
         return self.total / self.count.clamp(min=1)[:, None, None]
 
-    def select_rows(self, rows: Tensor) -> "_MeanQuery":
+    def select_rows(self, rows: Tensor) -> "MeanQuery":
+        """Return that of other rows (int64 indices)."""
         rows = rows.to(self.total.device)
-        return _MeanQuery(self.total[rows], self.count[rows], self.end)
+        return MeanQuery(self.total[rows], self.count[rows], self.end)

@@ -26,7 +26,7 @@ __all__ += ["launch_parameters", "load_table", "save_table", "shape_of", "table_
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = 1
+_SCHEMA = 3
 _MOST_BYTES = 2**20
 
 
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     heads: int
     """Query heads of a KV head; 0 where they do not matter."""
     dim: int
-    """Channels; 0 where they do not matter."""
+    """Channels, or bytes of a key's codes; 0 where they do not matter."""
 
     def text(self) -> str:
         """Return the name of the class in a table."""
@@ -104,64 +104,83 @@ class Launch:
 class Score(Launch):
     """Of `triton_score.group_masses`."""
 
-    tokens: int = _among(256, (128, 256, 512, 1024), (64, 2048, 4096))
+    tokens: int = _among(64, (64, 128), (16, 32, 256, 512))
     """Of a block."""
-    warps: int = _warps(4, 4, 8)
+    programs: int = _among(1584, (1056, 1584, 2112), (4, 132, 264, 528, 4224))
+    """At most about so many in all: each sums its blocks up, and all votes read the sums."""
+    warps: int = _warps(1, 1, 2)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
-        """Return fewer, larger blocks where there are many: each has a partial sum that all votes read."""
-        tokens = 256 if shape.size <= 16 else 512 if shape.size <= 18 else 1024
-        tokens = max(256, tokens * 8 // shape.heads)
-        return cls(tokens, 4 if tokens <= 256 else 8)
+        """Return smaller blocks where there are too few to keep a large GPU busy, and fewer sums of them."""
+        size = shape.rows << shape.size
+        return cls(128 if size > 2**19 else 64, 2112 if size > 2**18 else 1584)
 
 
 @dataclass(frozen=True)
 class Vote(Launch):
     """Of `triton_select.votes_of`."""
 
-    groups: int = _among(512, (128, 256, 512, 1024), (64, 2048))
-    """Of a program."""
+    groups: int = _among(512, (256, 512, 1024), (64, 128, 2048))
+    """Of a program, at a time."""
+    programs: int = _among(528, (528, 1056), (4, 132, 264, 2112))
+    """At most about so many in all."""
     warps: int = _warps(4, 4, 8)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:
         """Return as many groups as registers hold masses of."""
-        return cls(min(512, 4096 // shape.heads))
+        return cls(min(512 if shape.rows << shape.size > 2**16 else 256, 4096 // shape.heads))
 
 
 @dataclass(frozen=True)
 class Select(Launch):
     """Of `triton_select.select_groups`."""
 
-    part: int = _among(1024, (512, 1024, 2048), (64, 128, 256, 4096))
-    """Groups that one program looks through."""
-    few: int = _among(2**11, (2**10, 2**11, 2**12), (16, 32, 64, 128, 256, 512))
-    """Entries that one program holds in registers: most often the few are enough."""
-    more: int = _among(2**14, (2**14,), (64, 128, 256, 512, 2**10, 2**11, 2**12, 2**13))
+    whole: int = _among(2**14, (2**10, 2**14), (64, 2**11, 2**12, 2**13))
+    """Groups of a row that one program chooses from by itself, in registers, at most."""
+    part: int = _among(512, (256, 1024), (64, 128, 2048, 4096))
+    """Groups that one of several programs looks through at a time, at least."""
+    held: int = _among(2**11, (2**11, 2**12), (16, 64, 256, 2**10, 2**13, 2**14))
+    """Of all the votes near the least one that is chosen, so many are kept between the kernels."""
     warps: int = _warps(8, 4, 8, 16)
+
+    @classmethod
+    def default(cls, shape: Shape) -> Self:
+        """Return several programs for few rows, else one with 16 or 32 votes a thread."""
+        if shape.rows >= 64:
+            # A program of each row is enough for a large GPU.
+            return cls(warps=2 ** min(max(shape.size - (10 if shape.rows >= 132 else 9), 0), 4))
+        if shape.size <= 15:
+            return cls(2**10, 512, 2**11, 4)
+        return cls(2**10, 2 ** min(shape.size - 6, 11), 2 ** min(shape.size - 4, 13), 8)
 
 
 @dataclass(frozen=True)
 class Attend(Launch):
     """Of `triton_attend.attend_listed`."""
 
-    tokens: int = _among(64, (32, 64, 128), (16, 256))
+    tokens: int = _among(32, (32, 64, 128), (16, 256))
     """Of a tile."""
-    programs: int = _among(264, (132, 264, 528), (33, 66, 1056))
+    programs: int = _among(528, (132, 264, 528), (33, 66, 1056))
     """About so many in all: as many as keep the memory channels of a large GPU busy."""
     warps: int = _warps(4, 4, 8)
+
+    @classmethod
+    def default(cls, shape: Shape) -> Self:
+        """Return larger tiles where there are many."""
+        return cls(64 if shape.rows << shape.size > 2**16 else 32)
 
 
 @dataclass(frozen=True)
 class Encode(Launch):
     """Of `triton_encode.encode`."""
 
-    tokens: int = _among(64, (16, 32, 64), (128,))
+    tokens: int = _among(64, (16, 64), (32, 128))
     """Of a program."""
-    columns: int = _among(32, (16, 32, 64))
+    columns: int = _among(32, (16, 32), (64,))
     """Channels that are rotated at a time."""
-    warps: int = _warps(4, 2, 4, 8)
+    warps: int = _warps(4, 2, 4)
 
     @classmethod
     def default(cls, shape: Shape) -> Self:

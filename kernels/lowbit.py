@@ -15,7 +15,7 @@ from hga_compile.kernels.dispatch import preferred, triton_serves
 from hga_compile.kernels.gpu import encode
 from hga_compile.kernels.gpu_tiles import tile_keys
 from hga_compile.kernels.levels import decode_levels
-from hga_compile.kernels.native import STEP_TOKENS, routed_steps, scan_scores
+from hga_compile.kernels.native import STEP_TOKENS, routed_groups, routed_steps, scan_scores
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
@@ -92,6 +92,7 @@ class LowBitSummary:
         # A GPU multiplies a token's codes as they lie; a CPU scans many tokens at a time.
         self._bytes_last = triton_serves(kernels, centre.device, torch.float32, self.dim)
         shape = (rows, 0, packed) if self._bytes_last else (rows, packed, 0)
+        self._turned_centre = self.turned(centre.float()) if self._bytes_last else None
         self._codes = torch.empty(shape, dtype=torch.uint8, device=centre.device)
         self.scales = torch.empty(rows, 0, dtype=torch.float16, device=centre.device)
 
@@ -111,7 +112,10 @@ class LowBitSummary:
         self._codes = grown(self._codes, used, used + new, 1 if self._bytes_last else 2)
         self.scales = grown(self.scales, used, used + new, 1)
         if self._bytes_last and triton_serves(self.kernels, keys.device, keys.dtype, self.dim):
-            encode(keys, self.centre, self.codes, self.scales, used, self.bits, _STEP[self.bits])
+            encode(
+                keys, self.centre, self.codes, self.scales, used, self.bits, _STEP[self.bits],
+                self._turned_centre,
+            )  # fmt: skip
         else:
             rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
             codes, scales = encode_keys(rotated, self.bits)
@@ -177,6 +181,29 @@ class LowBitSummary:
         )  # fmt: skip
         return None if out is None else out.transpose(1, 2)
 
+    def routes(self, scaled: Tensor, spans: Tensor, vote: str) -> Tensor | None:
+        """List the groups that `steps` would attend to from one query a row, in its order.
+
+        Parameters
+        ----------
+        scaled : Tensor
+            ``[rows, heads, 1, dim]`` float32, softmax scale applied.
+        spans, vote
+            As `steps` takes them, of one query.
+
+        Returns
+        -------
+        Tensor or None
+            ``[rows, n]`` int64; None where there is no such way.
+        """
+        if self.group_size % STEP_TOKENS:
+            return None
+        codes, scales = self._coded(int(spans[:, 2].max()))
+        turned = self._turned(scaled).view(scaled.shape)[:, :, 0]
+        return routed_groups(
+            codes, scales, turned, spans[0], bits=self.bits, group_size=self.group_size, vote=vote
+        )
+
     def tile_keys(self, groups: int, starts: Tensor | None, fused: bool) -> TileKeys:
         """Return what tiles are routed by (see `summaries.Summary`), rotated."""
         if fused:
@@ -203,6 +230,8 @@ class LowBitSummary:
         rows = rows.to(self.codes.device)
         self._codes, self.scales = self._codes[rows], self.scales[rows]
         self.centre = self.centre[rows]
+        if self._turned_centre is not None:
+            self._turned_centre = self._turned_centre[rows]
 
     def bytes_per_token(self) -> float:
         """Return the bytes of one token's codes and scale."""

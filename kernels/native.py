@@ -16,7 +16,15 @@ import torch
 from platformdirs import user_cache_dir
 from torch import Tensor
 
-__all__ = ["STEP_TOKENS", "Span", "attend_pages", "available", "routed_steps", "scan_scores"]
+__all__ = [
+    "STEP_TOKENS",
+    "Span",
+    "attend_pages",
+    "available",
+    "routed_groups",
+    "routed_steps",
+    "scan_scores",
+]
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +189,50 @@ def routed_steps(
     return None if broken else out
 
 
+def routed_groups(
+    codes: Tensor,
+    scales: Tensor,
+    turned: Tensor,
+    span: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    vote: str,
+) -> Tensor | None:
+    """List the groups that `routed_steps` attends to from one query a row.
+
+    Parameters
+    ----------
+    codes, scales, bits, group_size, vote
+        As `routed_steps` takes them.
+    turned : Tensor
+        ``[rows, heads, dim]`` float32: the query scaled and rotated as the keys are.
+    span : Tensor
+        ``[5]`` int64 on the CPU: a `Span`.
+
+    Returns
+    -------
+    Tensor or None
+        ``[rows, n]`` int64: sinks, chosen groups ascending, window; None without a compiler, and where a
+        score is not finite.
+    """
+    library = _library()
+    if library is None:
+        return None
+    rows, heads, dim = turned.shape
+    turned, scales, span = turned.contiguous(), scales.contiguous(), span.contiguous()
+    plan = Span(*span.tolist())
+    chosen = max(0, min(plan.chosen, plan.window - plan.sink_end))
+    width = plan.sink_end - plan.sink_start + chosen + -(-plan.length // group_size) - plan.window
+    groups = torch.empty(rows, width, device="cpu", dtype=torch.int64)
+    broken = library.hga_routes(
+        codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(), scales.stride(0),
+        turned.data_ptr(), span.data_ptr(), groups.data_ptr(), rows, width, heads, dim, group_size, bits,
+        vote == "mass_max",
+    )  # fmt: skip
+    return None if broken else groups
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     """Return the built library; None, logged once, where it cannot be built."""
@@ -196,6 +248,8 @@ def _library() -> ctypes.CDLL | None:
     library.hga_attend.restype = None
     tensors: list[Any] = [*[pointer] * 2, *[long] * 2, pointer, long, *[pointer] * 4]
     library.hga_steps.argtypes = [*tensors, *[long] * 2, *[short] * 6, real, short]
+    scan: list[Any] = [pointer, *[long] * 2, pointer, long, *[pointer] * 3]
+    library.hga_routes.argtypes = [*scan, *[long] * 2, *[short] * 5]
     return library
 
 

@@ -288,7 +288,7 @@ def attention(
 class _Whole:
     """K/V that lie in two tensors, as `routed.KeyValues`."""
 
-    host_pages = gpu_pages = None
+    host_pages = gpu_pages = hot = None
     paged = False
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
@@ -302,6 +302,9 @@ class _Whole:
     @property
     def row_bytes(self) -> int:
         return (self.key.shape[2] + self.value.shape[2]) * self.key.element_size()
+
+    def fetch(self, groups: Tensor) -> Tensor:
+        raise NotImplementedError("rows without a cache lie in no pages")  # `paged` says so
 
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         token = (groups[..., None] * group_size + torch.arange(group_size, device=groups.device)).flatten(1)

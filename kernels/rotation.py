@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["half_rotation", "rotation"]
+__all__ = ["half_rotation", "rotation", "signs"]
 
 
 @lru_cache(maxsize=64)
@@ -42,3 +42,27 @@ def rotation(dim: int, device: torch.device) -> Tensor:
 def half_rotation(dim: int, device: torch.device) -> Tensor:
     """Return `rotation` in float16."""
     return rotation(dim, device).half()
+
+
+@lru_cache(maxsize=64)
+def signs(dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `rotation` as 1, 0 and -1, and what each of its columns is multiplied by.
+
+    A product with the first is exact in any dtype, where one with `rotation` is rounded.
+
+    Parameters
+    ----------
+    dim : int
+        Channels of a head.
+    dtype : torch.dtype
+        Of the first.
+    device : torch.device
+        Where both live.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``[dim, dim]`` of `dtype` and ``[dim]`` float32.
+    """
+    matrix = rotation(dim, device)
+    return matrix.sign().to(dtype), matrix.abs().amax(0)

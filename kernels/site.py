@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Literal
 
-from hga_compile.configs.profile import Kernels
+from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.configs.routing import Routing
 
 __all__ = ["SiteConfig"]
@@ -30,18 +31,20 @@ class SiteConfig:
 
     layer: int
     """Number of the layer, for reports."""
-    tier: str
-    """Where its token K/V lives: `gpu` or `host`."""
+    tier: Literal["gpu", "host", "nvme"]
+    """Where its token K/V lives."""
     routing: Routing
     """Routing of the layer, overrides merged."""
     kernels: Kernels = "auto"
     """What it runs in."""
+    place: Offload = field(default_factory=Offload)
+    """Budgets and sizes of the tier."""
 
     def to_text(self) -> str:
         """Return the text that `from_text` reads."""
         routing = self.routing.model_dump(mode="json")
         fields = {"version": _version(), "layer": self.layer, "tier": self.tier, "routing": routing}
-        fields["kernels"] = self.kernels
+        fields |= {"kernels": self.kernels, "place": self.place.model_dump(mode="json")}
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -61,4 +64,5 @@ class SiteConfig:
                 f"expected {_version()}); clear the compile cache"
             )
         routing = Routing.model_validate_json(json.dumps(fields["routing"]))
-        return SiteConfig(fields["layer"], fields["tier"], routing, fields["kernels"])
+        place = Offload.model_validate_json(json.dumps(fields["place"]))
+        return SiteConfig(fields["layer"], fields["tier"], routing, fields["kernels"], place)

@@ -8,8 +8,8 @@ leads to the layer's state here.
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -69,6 +69,7 @@ class States:
         self._numbers = itertools.count(1)
         self._states: dict[int, LayerState] = {}
         self._closed: deque[Tensor] = deque()
+        self._watches = threading.local()
         self.make: Callable[[], LayerState] | None = None
         """Makes an empty state; set by `hga_compile.store` when it is imported."""
 
@@ -76,8 +77,21 @@ class States:
         """Make an empty state and return its handle."""
         if self.make is None:
             raise RuntimeError("no K/V store is loaded: import hga_compile before running a graph of its")
-        self._collect()
-        return self.adopt(self.make())
+        self.collect()
+        handle = self.adopt(self.make())
+        for opened in getattr(self._watches, "stack", ()):
+            opened.append(handle)
+        return handle
+
+    @contextmanager
+    def watch(self) -> Iterator[list[Tensor]]:
+        """Yield a list that the handles of states which this thread opens meanwhile are put on."""
+        stack = self._watches.__dict__.setdefault("stack", [])
+        stack.append([])
+        try:
+            yield stack[-1]
+        finally:
+            stack.pop()
 
     def adopt(self, state: LayerState) -> Tensor:
         """Register an existing state and return its handle."""
@@ -109,10 +123,11 @@ class States:
 
     def count(self) -> int:
         """Return the number of open states, given-up ones not counted."""
-        self._collect()
+        self.collect()
         return len(self._states)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Drop the states that were given up; not to be called by a finaliser."""
         with suppress(IndexError):  # another thread may take the last one
             while self._closed:
                 handle = self._closed.popleft()

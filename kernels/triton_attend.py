@@ -8,9 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.launch import Attend, launch_parameters, shape_of
+from hga_compile.kernels.overlap import follow, overlap
 from hga_compile.kernels.triton_tail import TailShares
 
 __all__ = ["attend_listed"]
+
+# The interpreter knows no loops of a length that is known late.
+_PIPED = not triton.knobs.runtime.interpret
 
 
 def attend_listed(
@@ -28,6 +32,7 @@ def attend_listed(
     kv_heads: int,
     slots: Tensor | None = None,
     tail: TailShares | None = None,
+    hot: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend to the tokens of listed groups, read where they lie: in GPU memory or in pinned host memory.
 
@@ -59,6 +64,10 @@ def attend_listed(
         Estimate of all chunks, from which the listed tokens are taken out (see `tail`); it goes with neither
         soft-cap nor sinks.
 
+    hot : tuple of Tensor or None
+        A pool ``[rows, slots, page]`` and ``[rows, width]`` int32: where in it listed groups are, or are put
+        as they are read from `pages` (see `triton_hot.place_groups`).
+
     Returns
     -------
     Tensor
@@ -84,24 +93,98 @@ def attend_listed(
         mean, shifts, rest, rest_totals = tail.mean, tail.shifts, partial[1], stats[2]
         chunks, chunk_size = tail.chunks, tail.chunk_size
         values, peaks, totals, tail_splits = tail.values, tail.stats[0], tail.stats[1], tail.values.shape[2]
-    exact = query.dtype == torch.float32
+    pool, entries = (None, None) if hot is None else hot
+    exact, early = query.dtype == torch.float32, overlap(query.device)
     _attend[(splits, rows)](
         pages, chosen, spans, query, partial[0], stats[0], stats[1], chosen.shape[1], length, scale, softcap,
         rows, splits, shares, rows_of_span, slots, 0 if slots is None else slots.stride(0),
-        mean, shifts, rest, rest_totals, chunks,
+        mean, shifts, rest, rest_totals, chunks, pool, 0 if pool is None else pool.stride(0), entries,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
         GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, TAIL=chunk_size,
-        num_warps=launch.warps,
+        PIPED=_PIPED and shares > 1 and tail is None and not exact, STAGES=3, num_warps=launch.warps, **early,
     )  # fmt: skip
     out = torch.empty(rows, heads, v_dim, dtype=query.dtype, device=query.device)
-    _merge[(rows * heads,)](
+    v_padded = triton.next_power_of_2(v_dim)
+    columns = min(32, v_padded)
+    _merge[(rows * heads, triton.cdiv(v_dim, columns))](
         partial[0], stats[0], stats[1], logits, out, splits, kv_heads * heads, rest, rest_totals, values,
         peaks, totals, tail_splits,
-        V_DIM=v_dim, V_PADDED=triton.next_power_of_2(v_dim), STEP=32, SINKS=logits is not None,
-        TAIL=tail is not None, num_warps=4,
+        V_DIM=v_dim, COLUMNS=columns, STEP=min(128, max(16, triton.next_power_of_2(splits))),
+        SINKS=logits is not None, TAIL=tail is not None, num_warps=4, **early,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _tile(
+    tile, peak, total, result, left_total, left, pages, chosen, asked, middle, row, width, listed, length,
+    start, scale, softcap, rows, slots, slot_row, shifts, chunks, pool, pool_row, entries,
+    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED: tl.constexpr,
+    V_PADDED: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Attend to the tokens of a tile of the list, and add them to what came before."""
+    PAGE: tl.constexpr = GROUP * (DIM + V_DIM)
+    head = tl.arange(0, peak.shape[0])
+    channel = tl.arange(0, PADDED)
+    v_channel = tl.arange(0, V_PADDED)
+    entry = tile * TOKENS + tl.arange(0, TOKENS)
+    place, inside = entry // GROUP, entry % GROUP
+    group = tl.load(chosen + row * width + place, mask=place < listed, other=0)
+    token = group * GROUP + inside
+    real = (place < listed) & (token < length) & (token >= start)
+    if pool is not None:
+        page = pages + (group.to(tl.int64) * rows + row) * PAGE
+        slot = tl.load(entries + row * width + place, mask=place < listed, other=-1)
+        put = slot < -1
+        near = pool + row * pool_row + tl.where(put, -2 - slot, slot).to(tl.int64) * PAGE
+        page = tl.where(slot >= 0, near, page)
+    elif slots is None:
+        page = pages + (group.to(tl.int64) * rows + row) * PAGE
+    else:
+        slot = tl.load(slots + row * slot_row + group, mask=real, other=0)
+        page = pages + slot.to(tl.int64) * PAGE
+    keys = page[:, None] + inside[:, None] * DIM + channel[None, :]
+    key = tl.load(keys, mask=real[:, None] & (channel[None, :] < DIM), other=0.0)
+    values = page[:, None] + GROUP * DIM + inside[:, None] * V_DIM + v_channel[None, :]
+    value = tl.load(values, mask=real[:, None] & (v_channel[None, :] < V_DIM), other=0.0)
+    if pool is not None:
+        # A group is on one list once: nobody else reads its slot now.
+        to = near[:, None] + inside[:, None] * DIM + channel[None, :]
+        tl.store(to, key, mask=put[:, None] & (channel[None, :] < DIM))
+        to = near[:, None] + GROUP * DIM + inside[:, None] * V_DIM + v_channel[None, :]
+        tl.store(to, value, mask=put[:, None] & (v_channel[None, :] < V_DIM))
+    score = tl.dot(asked, tl.trans(key), input_precision="ieee") * scale
+    if SOFTCAP:
+        # tanh by exp: exact enough, and defined for every score.
+        score = softcap * (1 - 2 / (1 + tl.exp(score * (2 / softcap))))
+    score = tl.where(real[None, :], score, float("-inf"))
+    most = tl.maximum(peak, tl.max(score, 1))
+    if TAIL:
+        # What the estimate of its chunk holds of each token.
+        chunk = token // TAIL
+        counted = real & (chunk < chunks) & (chunk * TAIL >= start)
+        own = shifts + (row * HEADS + head[:, None]) * chunks + chunk[None, :]
+        again = tl.load(own, mask=(head[:, None] < HEADS) & counted[None, :], other=0.0)
+        again = tl.dot(middle, tl.trans(key.to(tl.float32)), again, input_precision="tf32x3")
+        again = tl.where(counted[None, :], again, float("-inf"))
+        most = tl.maximum(most, tl.max(again, 1))
+    base = tl.where(most == float("-inf"), 0.0, most)
+    weight = tl.exp(score - base[:, None])
+    shrink = tl.exp(peak - base)
+    total = total * shrink + tl.sum(weight, 1)
+    result = result * shrink[:, None]
+    if TAIL:
+        again = tl.exp(again - base[:, None])
+        left_total = left_total * shrink - tl.sum(again, 1)
+        left = left * shrink[:, None]
+        left = tl.dot(-again, value.to(tl.float32), left, input_precision="tf32x3")
+    if EXACT:
+        result = tl.dot(weight, value.to(tl.float32), result, input_precision="ieee")
+    else:
+        result = tl.dot(weight.to(value.dtype), value, result)
+    return most, total, result, left_total, left
 
 
 @triton.jit(
@@ -109,12 +192,12 @@ def attend_listed(
 )
 def _attend(
     pages, chosen, spans, query, partial, peaks, totals, width, length, scale, softcap, rows, splits, shares,
-    rows_of_span, slots, slot_row, mean, shifts, rest, rest_totals, chunks,
+    rows_of_span, slots, slot_row, mean, shifts, rest, rest_totals, chunks, pool, pool_row, entries,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, TAIL: tl.constexpr,
+    PIPED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    PAGE: tl.constexpr = GROUP * (DIM + V_DIM)
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
@@ -130,58 +213,32 @@ def _attend(
     peak = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_HEADS], tl.float32)
     result = tl.zeros([PADDED_HEADS, V_PADDED], tl.float32)
+    left_total, left = total, result
+    # What was there before the kernel that lists the groups needed no wait.
+    follow(EARLY)
+    middle = asked
     if TAIL:
         at = mean + (row * HEADS + head[:, None]) * DIM + channel[None, :]
         middle = tl.load(at, mask=used & (channel[None, :] < DIM), other=0.0)
-        left_total = tl.zeros([PADDED_HEADS], tl.float32)
-        left = tl.zeros([PADDED_HEADS, V_PADDED], tl.float32)
-    share = 0
-    while share < shares:
-        entry = (split * shares + share) * TOKENS + tl.arange(0, TOKENS)
-        place, inside = entry // GROUP, entry % GROUP
-        group = tl.load(chosen + row * width + place, mask=place < listed, other=0)
-        token = group * GROUP + inside
-        real = (place < listed) & (token < length) & (token >= start)
-        if slots is None:
-            page = pages + (group.to(tl.int64) * rows + row) * PAGE
-        else:
-            slot = tl.load(slots + row * slot_row + group, mask=real, other=0)
-            page = pages + slot.to(tl.int64) * PAGE
-        keys = page[:, None] + inside[:, None] * DIM + channel[None, :]
-        key = tl.load(keys, mask=real[:, None] & (channel[None, :] < DIM), other=0.0)
-        values = page[:, None] + GROUP * DIM + inside[:, None] * V_DIM + v_channel[None, :]
-        value = tl.load(values, mask=real[:, None] & (v_channel[None, :] < V_DIM), other=0.0)
-        score = tl.dot(asked, tl.trans(key), input_precision="ieee") * scale
-        if SOFTCAP:
-            # tanh by exp: exact enough, and defined for every score.
-            score = softcap * (1 - 2 / (1 + tl.exp(score * (2 / softcap))))
-        score = tl.where(real[None, :], score, float("-inf"))
-        most = tl.maximum(peak, tl.max(score, 1))
-        if TAIL:
-            # What the estimate of its chunk holds of each token.
-            chunk = token // TAIL
-            counted = real & (chunk < chunks) & (chunk * TAIL >= start)
-            own = shifts + (row * HEADS + head[:, None]) * chunks + chunk[None, :]
-            again = tl.load(own, mask=used & counted[None, :], other=0.0)
-            again = tl.dot(middle, tl.trans(key.to(tl.float32)), again, input_precision="tf32x3")
-            again = tl.where(counted[None, :], again, float("-inf"))
-            most = tl.maximum(most, tl.max(again, 1))
-        base = tl.where(most == float("-inf"), 0.0, most)
-        weight = tl.exp(score - base[:, None])
-        shrink = tl.exp(peak - base)
-        total = total * shrink + tl.sum(weight, 1)
-        result = result * shrink[:, None]
-        if TAIL:
-            again = tl.exp(again - base[:, None])
-            left_total = left_total * shrink - tl.sum(again, 1)
-            left = left * shrink[:, None]
-            left = tl.dot(-again, value.to(tl.float32), left, input_precision="tf32x3")
-        if EXACT:
-            result = tl.dot(weight, value.to(tl.float32), result, input_precision="ieee")
-        else:
-            result = tl.dot(weight.to(value.dtype), value, result)
-        peak = most
-        share += 1
+    if PIPED:
+        # K/V of the tile that follows are on their way meanwhile.
+        for share in tl.range(shares, num_stages=STAGES):
+            peak, total, result, left_total, left = _tile(
+                split * shares + share, peak, total, result, left_total, left, pages, chosen, asked, middle,
+                row, width, listed, length, start, scale, softcap, rows, slots, slot_row, shifts, chunks,
+                pool, pool_row, entries,
+                HEADS, DIM, V_DIM, PADDED, V_PADDED, GROUP, TOKENS, SOFTCAP, EXACT, TAIL,
+            )  # fmt: skip
+    else:
+        share = 0
+        while share < shares:
+            peak, total, result, left_total, left = _tile(
+                split * shares + share, peak, total, result, left_total, left, pages, chosen, asked, middle,
+                row, width, listed, length, start, scale, softcap, rows, slots, slot_row, shifts, chunks,
+                pool, pool_row, entries,
+                HEADS, DIM, V_DIM, PADDED, V_PADDED, GROUP, TOKENS, SOFTCAP, EXACT, TAIL,
+            )  # fmt: skip
+            share += 1
     to = (row * HEADS + head) * splits + split
     tl.store(peaks + to, peak, mask=head < HEADS)
     tl.store(totals + to, total, mask=head < HEADS)
@@ -196,19 +253,21 @@ def _attend(
 def _merge(
     partial, peaks, totals, logits, out, splits, query_heads, rest, rest_totals, tail_values, tail_peaks,
     tail_totals, tail_splits,
-    V_DIM: tl.constexpr, V_PADDED: tl.constexpr, STEP: tl.constexpr, SINKS: tl.constexpr, TAIL: tl.constexpr,
+    V_DIM: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, SINKS: tl.constexpr, TAIL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     number = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, V_PADDED)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     step = tl.arange(0, STEP)
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     if SINKS:
         peak = tl.load(logits + number % query_heads)
         total += 1.0
-    result = tl.zeros([V_PADDED], tl.float32)
+    result = tl.zeros([COLUMNS], tl.float32)
     left_total = tl.zeros([], tl.float32)
-    left = tl.zeros([V_PADDED], tl.float32)
+    left = tl.zeros([COLUMNS], tl.float32)
     begin = 0
     while begin < splits:
         split = begin + step

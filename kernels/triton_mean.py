@@ -4,9 +4,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.overlap import follow, overlap
+from hga_compile.kernels.triton_bins import BINS
 from hga_compile.kernels.triton_score import Kept, Masses
 
 __all__ = ["mean_masses", "store_means"]
+
+# Keys that a thread asks for at a time, channels of them all that a program asks for, and its warps.
+_LOADS, _HELD, _WARPS = 16, 16384, 4
 
 
 def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> None:
@@ -23,11 +28,13 @@ def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> Non
     """
     rows, tokens, dim = keys.shape
     new = tokens // group_size
-    padded, step = triton.next_power_of_2(dim), min(16, triton.next_power_of_2(group_size))
-    block = min(triton.next_power_of_2(new), max(1, 8192 // (padded * step)))
+    # Keys of a group that a thread loads at a time: a power of two that divides the group.
+    step = min(_LOADS, group_size & -group_size)
+    padded = triton.next_power_of_2(dim)
+    block = max(1, min(triton.next_power_of_2(new), _HELD // (max(step, 4) * padded)))
     _store[(triton.cdiv(new, block), rows)](
-        keys, *keys.stride(), means, means.stride(0), means.stride(1), begin, new, group_size,
-        DIM=dim, PADDED=padded, STEP=step, BLOCK=block, num_warps=4,
+        keys, *keys.stride(), means, means.stride(0), means.stride(1), begin, new,
+        GROUP=group_size, DIM=dim, PADDED=padded, STEP=step, BLOCK=block, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -70,49 +77,57 @@ def mean_masses(
     masses = Masses(rows, max(8, triton.next_power_of_2(heads)), groups, block, query.device)
     _score[(masses.blocks, rows)](
         means, means.stride(0), means.stride(1), query, spans, None if kept is None else kept.chunks,
-        masses.mass, masses.sums, groups, masses.blocks, 0 if kept is None else kept.chunks.shape[1], parts,
-        rows_of_span, scale,
+        masses.mass, masses.sums, masses.bins, groups, masses.blocks,
+        0 if kept is None else kept.chunks.shape[1], parts, rows_of_span, scale,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=masses.mass.shape[2], DIM=dim, PADDED=padded,
-        COLUMNS=min(64, padded), BLOCK=block, CHUNK=0 if kept is None else kept.groups,
-        num_warps=4 if block <= 128 else 8,
+        COLUMNS=min(64, padded), BLOCK=block, CHUNK=0 if kept is None else kept.groups, BINS=BINS,
+        num_warps=4 if block <= 128 else 8, **overlap(query.device),
     )  # fmt: skip
     return masses
 
 
-@triton.jit(do_not_specialize=["begin", "new", "group_size"])
+@triton.jit(do_not_specialize=["begin", "new"])
 def _store(
-    keys, key_row, key_token, key_channel, means, mean_row, mean_group, begin, new, group_size,
-    DIM: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    keys, key_row, key_token, key_channel, means, mean_row, mean_group, begin, new,
+    GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
-    entry = tl.arange(0, BLOCK * STEP)
-    group = tl.program_id(0) * BLOCK + entry // STEP
-    channel = tl.arange(0, PADDED)
-    total = tl.zeros([BLOCK, PADDED], tl.float32)
-    start = 0
-    while start < group_size:
-        inside = start + entry % STEP
-        token = (group * group_size + inside).to(tl.int64)
-        wanted = ((group < new) & (inside < group_size))[:, None] & (channel[None, :] < DIM)
-        at = keys + row * key_row + token[:, None] * key_token + channel[None, :].to(tl.int64) * key_channel
-        key = tl.load(at, mask=wanted, other=0.0).to(tl.float32)
-        total += tl.sum(tl.reshape(key, [BLOCK, STEP, PADDED]), 1)
-        start += STEP
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, PADDED)
+    # Loads with a mask are slower than those of the last group again and again.
+    token = tl.minimum(group, new - 1).to(tl.int64) * GROUP
+    at = keys + row * key_row + token[:, None] * key_token + channel[None, :].to(tl.int64) * key_channel
+    total = tl.zeros([BLOCK, PADDED], tl.float32)
+    for _ in range(GROUP // STEP):
+        # All of them are asked for before the first is waited for.
+        loaded = ()
+        for inside in tl.static_range(STEP):
+            if PADDED == DIM:
+                key = tl.load(at + inside * key_token)
+            else:
+                key = tl.load(at + inside * key_token, mask=channel[None, :] < DIM, other=0.0)
+            loaded += (key,)  # type: ignore[assignment]
+        for inside in tl.static_range(STEP):
+            total += loaded[inside].to(tl.float32)
+        at += STEP * key_token
     to = means + row * mean_row + (begin + group[:, None]).to(tl.int64) * mean_group + channel[None, :]
-    mean = (total / group_size).to(means.dtype.element_ty)
+    mean = (total / GROUP).to(means.dtype.element_ty)
     tl.store(to, mean, mask=(group[:, None] < new) & (channel[None, :] < DIM))
 
 
 @triton.jit(do_not_specialize=["groups", "blocks", "entries", "parts", "rows_of_span"])
 def _score(
-    means, mean_row, mean_entry, query, spans, kept, mass, sums, groups, blocks, entries, parts, rows_of_span,
-    scale,
+    means, mean_row, mean_entry, query, spans, kept, mass, sums, bins, groups, blocks, entries, parts,
+    rows_of_span, scale,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     PADDED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    BINS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
+    if block == 0:
+        tl.store(bins + row * BINS + tl.arange(0, BINS), 0)
     span = spans + row // rows_of_span * SPAN
     first, end = tl.load(span), tl.load(span + 2)
     place = block * BLOCK + tl.arange(0, BLOCK)

@@ -54,8 +54,8 @@ def route(
                 codes, query, spans.table, groups=groups, scale=scale, rows_of_span=rows_of_span, kept=kept
             )
         return group_masses(
-            codes, scales, turn(query, scale), spans.table, groups=groups, group_size=routing.group_size,
-            bits=routing.bits, rows_of_span=rows_of_span, kept=kept,
+            codes, scales, turn(query, scale, routing.bits), spans.table, groups=groups,
+            group_size=routing.group_size, rows_of_span=rows_of_span, kept=kept,
         )  # fmt: skip
 
     level = spans.chunks

@@ -9,11 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.launch import Select, Vote, launch_parameters, shape_of
+from hga_compile.kernels.overlap import follow, overlap
+from hga_compile.kernels.triton_bins import BINS, SHIFT, bin_of, count_votes, first_guess, threshold_bin
 from hga_compile.kernels.triton_score import Masses
 
 __all__ = ["Votes", "select_groups", "votes_of"]
 
-_MANY_ROWS = 128
+# About so many programs in all look through the groups.
+_PROGRAMS = 264
+_MOST_PART = 2**12
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,10 @@ class Votes:
 
     votes: Tensor
     """``[rows, groups]`` float32; infinite for broken groups, -1 for those that are not to choose from."""
-    tops: Tensor
-    """``[rows, runs]`` float32: the most votes in each run of groups."""
+    bins: Tensor | None = None
+    """``[rows, BINS]`` int32: votes by size (see `triton_bins`); None: the selection counts if it has to."""
+    largest: float = 1024.0
+    """About what the finite votes of a row add up to at most: the nearer, the less a selection may take."""
 
 
 def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span: int) -> Votes:
@@ -45,16 +51,22 @@ def votes_of(masses: Masses, spans: Tensor, heads: int, most: bool, rows_of_span
     rows, groups, padded = masses.mass.shape
     launch = launch_parameters(Vote, masses.mass.device, shape_of(groups, rows, padded))
     together = max(1, launch.groups // masses.block)
-    run = min(max(8, triton.next_power_of_2(triton.cdiv(groups, 8192))), together * masses.block)
-    kind: dict[str, Any] = {"dtype": torch.float32, "device": masses.mass.device}
-    votes, tops = torch.empty(rows, groups, **kind), torch.empty(rows, triton.cdiv(groups, run), **kind)
-    _vote[(triton.cdiv(masses.blocks, together), rows)](
-        masses.mass, masses.sums, spans, votes, tops, groups, tops.shape[1], masses.blocks, rows_of_span,
-        SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together, RUN=run,
-        STEP=max(16, min(2048 // padded, triton.next_power_of_2(masses.blocks))), MOST=most,
-        num_warps=launch.warps,
+    kind: dict[str, Any] = {"device": masses.mass.device}
+    votes = torch.empty(rows, groups, dtype=torch.float32, **kind)
+    bins = masses.bins
+    parts = masses.sums.shape[2]
+    tiles = triton.cdiv(masses.blocks, together)
+    # Each program reads the sums of all parts: of many tiles it takes several.
+    shares = triton.cdiv(tiles * rows, launch.programs)
+    _vote[(triton.cdiv(tiles, shares), rows)](
+        masses.mass, masses.sums, masses.peaks, masses.peaks.stride(0), spans, votes, bins, groups,
+        masses.blocks, parts, rows_of_span, float(heads), shares,
+        SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, BLOCK=masses.block, TOGETHER=together,
+        STEP=max(16, min(2048 // padded, triton.next_power_of_2(parts))), MOST=most,
+        GATHERED=together * masses.block >= 32 * launch.warps, BINS=BINS, SHIFT=SHIFT,
+        num_warps=launch.warps, **overlap(masses.mass.device),
     )  # fmt: skip
-    return Votes(votes, tops)
+    return Votes(votes, bins, float(heads))
 
 
 def select_groups(
@@ -82,217 +94,306 @@ def select_groups(
     Tensor
         ``[rows, width]`` int32; entries past a row's own list are not written.
     """
-    (rows, groups), runs = votes.votes.shape, votes.tops.shape[1]
-    launch = launch_parameters(Select, votes.votes.device, shape_of(groups, rows))
-    part, few, more, warps = launch.part, launch.few, launch.more, launch.warps
-    if rows > _MANY_ROWS:
-        # With many programs on a multiprocessor few registers matter more than how much one program holds.
-        more, warps = 4 * few, 16
-    parts = triton.cdiv(groups, part)
-    kind: dict[str, Any] = {"dtype": torch.int32, "device": votes.votes.device}
-    # As many runs as there are groups to choose have a top: what is less than their least is not chosen.
-    least, counts = torch.empty(rows, **kind), torch.empty(rows, parts, **kind)
-    held = triton.next_power_of_2(max(runs, 128))
-    _least_top[(rows,)](
-        votes.tops, spans, least, runs, rows_of_span, SPAN=spans.shape[1], HELD=held,
-        num_warps=4 if held <= 4096 else 8,
-    )  # fmt: skip
-    _count[(parts, rows)](votes.votes, least, counts, groups, parts, PART=part, num_warps=4)
-    left, shape = torch.empty(2, rows, groups, **kind), {"PARTS": triton.next_power_of_2(parts)}
-    _keep[(parts, rows)](
-        votes.votes, least, counts, left[0], left[1], names, groups, parts, PART=part, **shape, num_warps=4
-    )
+    (rows, groups), device = votes.votes.shape, votes.votes.device
+    launch, early = launch_parameters(Select, device, shape_of(groups, rows)), overlap(device)
+    kind: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    fixed: dict[str, Any] = {"SPAN": spans.shape[1], "BINS": BINS, "SHIFT": SHIFT, "num_warps": launch.warps}
     chosen = torch.empty(rows, width, **kind)
-    _select[(rows,)](
-        left[0], left[1], counts, groups, spans, chosen, width, rows_of_span,
-        SPAN=spans.shape[1], COUNTS=parts, **shape, FEW=few, MORE=more, num_warps=warps,
+    if groups <= launch.whole:
+        _whole[(rows,)](
+            votes.votes, votes.bins, names, spans, chosen, groups, width, rows_of_span,
+            votes.largest, HELD=triton.next_power_of_2(max(groups, 128)), **fixed, **early,
+        )  # fmt: skip
+        return chosen
+    bins = votes.bins
+    if bins is None:
+        bins = count_votes(votes.votes, spans, rows_of_span, votes.largest)
+    # With many rows a program of each does all parts.
+    most = max(1, _PROGRAMS // rows)
+    part = max(launch.part, min(_MOST_PART, triton.next_power_of_2(triton.cdiv(groups, most))))
+    parts = triton.cdiv(groups, part)
+    shares = triton.cdiv(parts, min(parts, most))
+    splits = triton.cdiv(parts, shares)
+    padded = triton.next_power_of_2(splits)
+    room = max(1, launch.held // padded)
+    found, rivals = torch.empty(rows, 3, splits, **kind), torch.empty(rows, splits, room, **kind)
+    _keep[(splits, rows)](
+        votes.votes, bins, spans, found, rivals, groups, shares, rows_of_span, votes.largest,
+        PART=part, ROOM=room, **fixed, **early,
+    )  # fmt: skip
+    _list[(splits, rows)](
+        votes.votes, found, rivals, names, spans, chosen, groups, width, shares, rows_of_span,
+        votes.largest, PART=part, ROOM=room, SPLITS=padded, **fixed, **early,
     )  # fmt: skip
     return chosen
 
 
-@triton.jit(do_not_specialize=["groups", "runs", "blocks", "rows_of_span"])
+@triton.jit(do_not_specialize=["groups", "blocks", "parts", "rows_of_span", "peak_row", "shares"])
 def _vote(
-    mass, sums, spans, votes, tops, groups, runs, blocks, rows_of_span,
+    mass, sums, peaks, peak_row, spans, votes, bins, groups, blocks, parts, rows_of_span, largest, shares,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
+    TOGETHER: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, GATHERED: tl.constexpr,
+    BINS: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
-    first, end = tl.load(span + 1), tl.load(span + 2)
+    # What was there before the kernel that scores needs no wait.
+    first, end, count = tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
+    follow(EARLY)
     head = tl.arange(0, PADDED_HEADS)
     used = head[None, :] < HEADS
-    block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
-    group = tl.program_id(0) * TOGETHER * BLOCK + tl.arange(0, TOGETHER * BLOCK)
-    wanted = used & (group[:, None] < groups)
-    of_group = mass + (row * groups + group[:, None]) * PADDED_HEADS
-    given = tl.load(of_group + head[None, :], mask=wanted, other=0.0)
-    of_row = sums + row * 2 * blocks * PADDED_HEADS
-    own = tl.load(
-        of_row + block[:, None] * PADDED_HEADS + head[None, :], mask=used & (block[:, None] < blocks),
-        other=float("-inf"),
-    )  # fmt: skip
+    of_row = sums + row * 2 * parts * PADDED_HEADS
     best = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
     whole = tl.zeros([PADDED_HEADS], tl.float32)
     begin = 0
-    while begin < blocks:
+    while begin < parts:
         number = begin + tl.arange(0, STEP)
-        inside = used & (number[:, None] < blocks)
-        at = of_row + number[:, None] * PADDED_HEADS + head[None, :]
-        peak = tl.load(at, mask=inside, other=float("-inf"))
-        total = tl.load(at + blocks * PADDED_HEADS, mask=inside, other=0.0)
+        inside = used & (number[:, None] < parts)
+        of_part = of_row + number[:, None] * PADDED_HEADS + head[None, :]
+        peak = tl.load(of_part, mask=inside, other=float("-inf"))
+        total = tl.load(of_part + parts * PADDED_HEADS, mask=inside, other=0.0)
         most = tl.maximum(best, tl.max(peak, 0))
         base = tl.where(most == float("-inf"), 0.0, most)
         whole = whole * tl.exp(best - base) + tl.sum(total * tl.exp(peak - base[None, :]), 0)
         best = most
         begin += STEP
     base = tl.where(best == float("-inf"), 0.0, best)
-    share = tl.exp(own - base[None, :]) / tl.where(whole > 0, whole, 1.0)[None, :]
-    share = tl.reshape(
-        tl.broadcast_to(share[:, None, :], [TOGETHER, BLOCK, PADDED_HEADS]), [TOGETHER * BLOCK, PADDED_HEADS]
-    )
-    broken = tl.max((given == float("inf")).to(tl.int32), 1) > 0
-    part = tl.where(given == float("inf"), 0.0, given) * share
-    vote = tl.max(part, 1) if MOST else tl.sum(part, 1)
-    vote = tl.where(broken, float("inf"), vote)
-    vote = tl.where((group >= first) & (group < end), vote, -1.0)
-    vote = tl.where(group < groups, vote, -1.0)
-    tl.store(votes + row * groups + group, vote, mask=group < groups)
-    RUNS: tl.constexpr = TOGETHER * BLOCK // RUN
-    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
-    tl.store(tops + row * runs + run, tl.max(tl.reshape(vote, [RUNS, RUN]), 1), mask=run < runs)
+    scale = 1 / tl.where(whole > 0, whole, 1.0)
+    bins += row * BINS
+    share = 0
+    while share < shares:
+        tile = tl.program_id(0) * shares + share
+        block = tile * TOGETHER + tl.arange(0, TOGETHER)
+        group = tile * TOGETHER * BLOCK + tl.arange(0, TOGETHER * BLOCK)
+        at = mass + (row * groups + group[:, None]) * PADDED_HEADS + head[None, :]
+        given = tl.load(at, mask=used & (group[:, None] < groups), other=0.0)
+        at = peaks + row * peak_row + block[:, None] * PADDED_HEADS + head[None, :]
+        own = tl.load(at, mask=used & (block[:, None] < blocks), other=float("-inf"))
+        of_block = tl.exp(own - base[None, :]) * scale[None, :]
+        of_block = tl.broadcast_to(of_block[:, None, :], [TOGETHER, BLOCK, PADDED_HEADS])
+        broken = tl.max((given == float("inf")).to(tl.int32), 1) > 0
+        part = tl.where(given == float("inf"), 0.0, given)
+        part *= tl.reshape(of_block, [TOGETHER * BLOCK, PADDED_HEADS])
+        vote = tl.max(part, 1) if MOST else tl.sum(part, 1)
+        vote = tl.where(broken, float("inf"), vote)
+        vote = tl.where((group >= first) & (group < end) & (group < groups), vote, -1.0)
+        tl.store(votes + row * groups + group, vote, mask=group < groups)
+        bin = bin_of(vote.to(tl.int32, bitcast=True), count, largest, BINS, SHIFT)
+        bin = tl.where(vote >= 0, bin, BINS)
+        if GATHERED:
+            # A histogram counts each thread's copy: after a gather no two threads have the same votes.
+            bin = tl.gather(bin, tl.arange(0, TOGETHER * BLOCK), 0)
+            number = tl.histogram(bin, BINS, mask=bin < BINS)
+            tl.atomic_add(bins + tl.arange(0, BINS), number, mask=number > 0, sem="relaxed")
+        else:
+            tl.atomic_add(bins + bin, 1, mask=bin < BINS, sem="relaxed")
+        share += 1
 
 
 @triton.jit
-def _least_of(key, count, BITS: tl.constexpr):
-    """Return the `count`-th largest key, or a bound below it that agrees in its first bits."""
-    least = 0
-    # Two bits at a time: the three counts that tell them are added up in one sum.
-    for pair in tl.static_range(BITS // 2):
-        one, two = least | (1 << (29 - 2 * pair)), least | (2 << (29 - 2 * pair))
-        three = one | two
-        counts = (key >= one).to(tl.int64) + ((key >= two).to(tl.int64) << 20)
-        total = tl.sum(counts + ((key >= three).to(tl.int64) << 40), 0)
-        least = tl.where((total & 0xFFFFF) >= count, one, least)
-        least = tl.where(((total >> 20) & 0xFFFFF) >= count, two, least)
-        least = tl.where((total >> 40) >= count, three, least)
-    if BITS % 2 == 1:
-        candidate = least | (1 << (31 - BITS))
-        least = tl.where(tl.sum((key >= candidate).to(tl.int32), 0) >= count, candidate, least)
+def _least_of(key, count, least, bit):
+    """Return a bound that `count` keys reach: the largest there is, from its first bits and the next on.
+
+    Ends early where exactly so many reach it: they are what is above it and what is equal to it.
+    """
+    enough = -1
+    while (bit >= 0) & (enough != count):
+        candidate = least | (1 << bit)
+        enough = tl.sum((key >= candidate).to(tl.int32), 0)
+        least = tl.where(enough >= count, candidate, least)
+        bit -= 1
     return least
 
 
-@triton.jit(do_not_specialize=["groups", "width", "rows_of_span"])
-def _select(
-    keys, numbers, counts, groups, spans, chosen, width, rows_of_span,
-    SPAN: tl.constexpr, PARTS: tl.constexpr, COUNTS: tl.constexpr, FEW: tl.constexpr, MORE: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    span = spans + row // rows_of_span * SPAN
+@triton.jit
+def _enter(to, key, group, names, least, left, above, equal):
+    """List those of some groups that are chosen: so many are above the least one before, or equal to it.
+
+    Of those that are equal to the least one, the first.
+    """
+    # Both counts in one sum: these are fewer than 2^15 groups.
+    both = (key > least).to(tl.int32) + ((key == least).to(tl.int32) << 16)
+    until = tl.cumsum(both, 0)
+    equals = equal + (until >> 16)
+    at = above + (until & 0xFFFF) + tl.minimum(equals, left) - 1
+    taken = (key > least) | ((key == least) & (equals <= left))
+    if names is not None:
+        group = tl.load(names + group, mask=taken, other=0)
+    tl.store(to + at, group, mask=taken)
+    return both
+
+
+@triton.jit
+def _enter_fixed(span, to):
+    """List the groups of sinks and window, which are before and behind those that are chosen."""
     sink_start, sink_end, window = tl.load(span), tl.load(span + 1), tl.load(span + 2)
     count, last = tl.load(span + 3), tl.load(span + 4)
-    part = tl.arange(0, PARTS)
-    listed = tl.sum(tl.load(counts + row * COUNTS + part, mask=part < COUNTS, other=0), 0)
-    to = chosen + row * width
-    own, own_numbers, chosen_to = keys + row * groups, numbers + row * groups, to + sink_end - sink_start
-    if listed <= FEW:
-        _select_held(own, own_numbers, chosen_to, listed, count, FEW)
-    elif (4 * FEW < MORE) & (listed <= 4 * FEW):
-        _select_held(own, own_numbers, chosen_to, listed, count, 4 * FEW)
-    elif listed <= MORE:
-        _select_held(own, own_numbers, chosen_to, listed, count, MORE)
-    else:
-        _select_many(own, own_numbers, chosen_to, listed, count, MORE)
-    step = tl.arange(0, 256)
     sinks = sink_end - sink_start
-    begin = 0
-    while begin < sinks:
-        tl.store(to + begin + step, sink_start + begin + step, mask=begin + step < sinks)
-        begin += 256
-    begin = 0
-    while begin < last - window:
-        tl.store(to + sinks + count + begin + step, window + begin + step, mask=begin + step < last - window)
-        begin += 256
+    step = tl.arange(0, 256)
+    at = 0
+    while at < sinks:
+        tl.store(to + at + step, sink_start + at + step, mask=at + step < sinks)
+        at += 256
+    at = 0
+    while at < last - window:
+        tl.store(to + sinks + count + at + step, window + at + step, mask=at + step < last - window)
+        at += 256
 
 
-@triton.jit
-def _select_held(keys, numbers, to, listed, count, HELD: tl.constexpr):
-    """Choose among as many entries as registers hold."""
-    place = tl.arange(0, HELD)
-    key = tl.load(keys + place, mask=place < listed, other=-1)
-    number = tl.load(numbers + place, mask=place < listed, other=0)
-    least = _least_of(key, count, 31)
-    equal = (key == least).to(tl.int32)
-    left = count - tl.sum((key > least).to(tl.int32), 0)
-    taken = (key > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= left))
-    tl.store(to + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken)
-
-
-@triton.jit
-def _select_many(keys, numbers, to, listed, count, STEP: tl.constexpr):
-    """Choose among more entries than registers hold, a bit at a time."""
-    place = tl.arange(0, STEP)
-    least = 0
-    bit = 30
-    while bit >= 0:
-        candidate = least | (1 << bit)
-        enough = 0
-        begin = 0
-        while begin < listed:
-            key = tl.load(keys + begin + place, mask=begin + place < listed, other=-1)
-            enough += tl.sum((key >= candidate).to(tl.int32), 0)
-            begin += STEP
-        least = tl.where(enough >= count, candidate, least)
-        bit -= 1
-    above = 0
-    begin = 0
-    while begin < listed:
-        key = tl.load(keys + begin + place, mask=begin + place < listed, other=-1)
-        above += tl.sum((key > least).to(tl.int32), 0)
-        begin += STEP
-    written = 0
-    equals = 0
-    begin = 0
-    while begin < listed:
-        key = tl.load(keys + begin + place, mask=begin + place < listed, other=-1)
-        equal = (key == least).to(tl.int32)
-        taken = (key > least) | ((equal > 0) & (equals + tl.cumsum(equal, 0) <= count - above))
-        number = tl.load(numbers + begin + place, mask=taken, other=0)
-        tl.store(to + written + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken)
-        written += tl.sum(taken.to(tl.int32), 0)
-        equals += tl.sum(equal, 0)
-        begin += STEP
-
-
-@triton.jit(do_not_specialize=["runs", "rows_of_span"])
-def _least_top(tops, spans, least, runs, rows_of_span, SPAN: tl.constexpr, HELD: tl.constexpr):
+@triton.jit(do_not_specialize=["groups", "width", "rows_of_span"])
+def _whole(
+    votes, bins, names, spans, chosen, groups, width, rows_of_span, largest,
+    SPAN: tl.constexpr, HELD: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Do the whole selection of a row in registers."""
     row = tl.program_id(0).to(tl.int64)
-    count = tl.load(spans + row // rows_of_span * SPAN + 3)
-    place = tl.arange(0, HELD)
-    top = tl.load(tops + row * runs + place, mask=place < runs, other=-1.0)
+    span = spans + row // rows_of_span * SPAN
+    sinks, count = tl.load(span + 1) - tl.load(span), tl.load(span + 3)
+    follow(EARLY)
+    group = tl.arange(0, HELD)
+    vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
     # Votes are not negative, and their bits are ordered as they are; others have the sign bit.
-    tl.store(least + row, _least_of(top.to(tl.int32, bitcast=True), count, 16))
-
-
-@triton.jit(do_not_specialize=["groups", "parts"])
-def _count(votes, least, counts, groups, parts, PART: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0) * PART + tl.arange(0, PART)
-    vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
-    kept = vote.to(tl.int32, bitcast=True) >= tl.load(least + row)
-    tl.store(counts + row * parts + tl.program_id(0), tl.sum(kept.to(tl.int32), 0))
-
-
-@triton.jit(do_not_specialize=["groups", "parts"])
-def _keep(votes, least, counts, keys, numbers, names, groups, parts, PART: tl.constexpr, PARTS: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    part = tl.arange(0, PARTS)
-    before = tl.sum(tl.load(counts + row * parts + part, mask=part < tl.program_id(0), other=0), 0)
-    group = tl.program_id(0) * PART + tl.arange(0, PART)
-    vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
     key = vote.to(tl.int32, bitcast=True)
-    kept = key >= tl.load(least + row)
-    at = row * groups + before + tl.cumsum(kept.to(tl.int32), 0) - 1
-    tl.store(keys + at, key, mask=kept)
+    if bins is None:
+        least = 0
+        bit = 30
+    else:
+        least, bit = first_guess(threshold_bin(bins + row * BINS, count, BINS), count, largest, BINS, SHIFT)
+    least = _least_of(key, count, least, bit)
+    left = count - tl.sum((key > least).to(tl.int32), 0)
     if names is not None:
-        group = tl.load(names + row * groups + group, mask=kept, other=0)
-    tl.store(numbers + at, group, mask=kept)
+        names += row * groups
+    to = chosen + row * width
+    _enter(to + sinks, key, group, names, least, left, 0, 0)
+    _enter_fixed(span, to)
+
+
+@triton.jit(do_not_specialize=["groups", "shares", "rows_of_span"])
+def _keep(
+    votes, bins, spans, found, rivals, groups, shares, rows_of_span, largest,
+    SPAN: tl.constexpr, PART: tl.constexpr, ROOM: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Count the groups of a program's parts above the threshold's bin, and keep the votes of those in it."""
+    row = tl.program_id(1).to(tl.int64)
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    count = tl.load(spans + row // rows_of_span * SPAN + 3)
+    follow(EARLY)
+    edge = threshold_bin(bins + row * BINS, count, BINS)
+    to = rivals + (row * splits + split) * ROOM
+    above = 0
+    inside = 0
+    share = 0
+    while share < shares:
+        group = (split * shares + share) * PART + tl.arange(0, PART)
+        vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
+        key = vote.to(tl.int32, bitcast=True)
+        bin = bin_of(key, count, largest, BINS, SHIFT)
+        rival = (vote >= 0) & (bin == edge)
+        both = ((vote >= 0) & (bin < edge)).to(tl.int32) + (rival.to(tl.int32) << 16)
+        at = inside + (tl.cumsum(both, 0) >> 16) - 1
+        tl.store(to + at, key, mask=rival & (at < ROOM))
+        both = tl.sum(both, 0)
+        above += both & 0xFFFF
+        inside += both >> 16
+        share += 1
+    place = tl.arange(0, ROOM)
+    tl.store(to + place, -1, mask=place >= inside)
+    found += row * 3 * splits + split
+    tl.store(found, above)
+    tl.store(found + splits, inside)
+    tl.store(found + 2 * splits, edge)
+
+
+@triton.jit(do_not_specialize=["groups", "width", "shares", "rows_of_span"])
+def _list(
+    votes, found, rivals, names, spans, chosen, groups, width, shares, rows_of_span, largest,
+    SPAN: tl.constexpr, PART: tl.constexpr, ROOM: tl.constexpr, SPLITS: tl.constexpr, BINS: tl.constexpr,
+    SHIFT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """List the chosen groups of a program's parts: where, follows from what was found in those before."""
+    row = tl.program_id(1).to(tl.int64)
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    span = spans + row // rows_of_span * SPAN
+    sinks, count = tl.load(span + 1) - tl.load(span), tl.load(span + 3)
+    follow(EARLY)
+    votes += row * groups
+    found += row * 3 * splits
+    begin = split * shares * PART
+    part = tl.arange(0, SPLITS)
+    above_of = tl.load(found + part, mask=part < splits, other=0)
+    inside_of = tl.load(found + splits + part, mask=part < splits, other=0)
+    edge = tl.load(found + 2 * splits + split)
+    place = tl.arange(0, SPLITS * ROOM)
+    rival = tl.load(rivals + row * splits * ROOM + place, mask=place < splits * ROOM, other=-1)
+    least, bit = first_guess(edge, count, largest, BINS, SHIFT)
+    if tl.max(inside_of, 0) <= ROOM:
+        all_above = tl.sum(above_of, 0)
+        above = tl.sum(tl.where(part < split, above_of, 0), 0)
+        least = _least_of(rival, count - all_above, least, bit)
+        # Rivals are in the order of their groups.
+        before = place < split * ROOM
+        all_above += tl.sum((rival > least).to(tl.int32), 0)
+        both = (rival > least).to(tl.int32) + ((rival == least).to(tl.int32) << 16)
+        both = tl.sum(tl.where(before, both, 0), 0)
+        above += both & 0xFFFF
+        equal = both >> 16
+    else:
+        least, all_above, above, equal = _search(votes, groups, count, begin, 2048)
+    left = count - all_above
+    if names is not None:
+        names += row * groups
+    to = chosen + row * width
+    share = 0
+    while share < shares:
+        group = begin + share * PART + tl.arange(0, PART)
+        vote = tl.load(votes + group, mask=group < groups, other=-1.0)
+        key = vote.to(tl.int32, bitcast=True)
+        both = tl.sum(_enter(to + sinks, key, group, names, least, left, above, equal), 0)
+        above += both & 0xFFFF
+        equal += both >> 16
+        share += 1
+    if split == 0:
+        _enter_fixed(span, to)
+
+
+@triton.jit
+def _search(votes, groups, count, begin, STEP: tl.constexpr):
+    """Do by all votes what `_list` does by the rivals' where there is room for them: 8 bits at a time."""
+    place = tl.arange(0, STEP)
+    digit = tl.arange(0, 256)
+    least = 0
+    # So many votes have the bits found so far, or are above them.
+    left = count
+    known = 31
+    while known > 0:
+        shift = tl.maximum(known - 8, 0)
+        number = tl.zeros([256], tl.int32)
+        at = 0
+        while at < groups:
+            vote = tl.load(votes + at + place, mask=at + place < groups, other=-1.0)
+            key = vote.to(tl.int32, bitcast=True)
+            same = (vote >= 0) & (((key ^ least) >> known) == 0)
+            own = tl.where(same, (key >> shift) & ((1 << (known - shift)) - 1), 256)
+            # A histogram counts each thread's copy: after a gather no two threads have the same votes.
+            own = tl.gather(own, place, 0)
+            number += tl.histogram(own, 256, mask=own < 256)
+            at += STEP
+        # Votes with this digit or a greater one, greatest first.
+        reached = tl.sum(number, 0) - tl.cumsum(number, 0) + number
+        found = tl.max(tl.where(reached >= left, digit, 0), 0)
+        left -= tl.sum(tl.where(digit > found, number, 0), 0)
+        least |= found << shift
+        known = shift
+    all_above = 0
+    above = 0
+    equal = 0
+    at = 0
+    while at < groups:
+        vote = tl.load(votes + at + place, mask=at + place < groups, other=-1.0)
+        key = vote.to(tl.int32, bitcast=True)
+        all_above += tl.sum((key > least).to(tl.int32), 0)
+        above += tl.sum(((key > least) & (at + place < begin)).to(tl.int32), 0)
+        equal += tl.sum(((key == least) & (at + place < begin)).to(tl.int32), 0)
+        at += STEP
+    return least, all_above, above, equal

@@ -1,12 +1,12 @@
 """Triton: votes of a tile of queries for candidate groups by their low-bit keys (reference: `coarse`)."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.coarse import Coarse
 from hga_compile.kernels.triton_select import Votes
-from hga_compile.kernels.triton_tile_vote import empty_votes, run_of
 
 __all__ = ["votes_by_tokens"]
 
@@ -58,16 +58,15 @@ def votes_by_tokens(
     """
     rows, tiles, lines, padded = query.values.shape
     width, block = candidates.shape[1], max(1, _TOKENS // group_size)
-    votes = empty_votes(tiles * rows, width, block, codes.device)
+    votes = torch.empty(tiles * rows, width, dtype=torch.float32, device=codes.device)
     used = triton.cdiv(dim * bits, 8)
     _refine[(triton.cdiv(width, block), tiles, rows)](
         query.values, query.steps, codes, codes.stride(0), codes.stride(2), scales, scales.stride(0),
-        candidates, spans, bases, votes.votes, votes.tops, width, votes.tops.shape[1], tiles, lines,
-        rows_of_span,
+        candidates, spans, bases, votes, width, tiles, lines, rows_of_span,
         SPAN=spans.shape[1], DIM=padded, BITS=bits, BYTES=used, GROUP=group_size, LINES=32, BLOCK=block,
-        RUN=run_of(width, block), MOST=most, num_warps=4,
+        MOST=most, num_warps=4,
     )  # fmt: skip
-    return votes
+    return Votes(votes)
 
 
 @triton.jit
@@ -87,12 +86,12 @@ def _unpacked(packed, BITS: tl.constexpr, DIM: tl.constexpr):
     return level.to(tl.float32) - (2**BITS - 1) / 2
 
 
-@triton.jit(do_not_specialize=["width", "runs", "tiles", "lines", "rows_of_span"])
+@triton.jit(do_not_specialize=["width", "tiles", "lines", "rows_of_span"])
 def _refine(
     queries, query_steps, codes, code_row, code_token, scales, scale_row, candidates, spans, bases, votes,
-    tops, width, runs, tiles, lines, rows_of_span,
+    width, tiles, lines, rows_of_span,
     SPAN: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, GROUP: tl.constexpr,
-    LINES: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, MOST: tl.constexpr,
+    LINES: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     tile = tiles - 1 - tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -130,6 +129,3 @@ def _refine(
         vote = tl.where(broken > 0, float("inf"), vote)
         vote = tl.where(entry < count, vote, -1.0)
     tl.store(votes + place * width + entry, vote, mask=entry < width)
-    RUNS: tl.constexpr = BLOCK // RUN
-    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
-    tl.store(tops + place * runs + run, tl.max(tl.reshape(vote, [RUNS, RUN]), 1), mask=run < runs)

@@ -1,7 +1,5 @@
 """Triton: votes of a tile of queries for the groups of a KV head (reference: `coarse`)."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +8,7 @@ from torch import Tensor
 from hga_compile.kernels.coarse import Coarse
 from hga_compile.kernels.triton_select import Votes
 
-__all__ = ["bases_of", "empty_votes", "run_of", "votes_by_means"]
+__all__ = ["bases_of", "votes_by_means"]
 
 
 def bases_of(
@@ -72,26 +70,13 @@ def votes_by_means(
     """
     rows, tiles, lines, padded = query.values.shape
     block = 128
-    votes = empty_votes(tiles * rows, groups, block, query.steps.device)
+    votes = torch.empty(tiles * rows, groups, dtype=torch.float32, device=query.steps.device)
     _vote[(triton.cdiv(groups, block), tiles, rows)](
-        query.values, query.steps, means.values, means.steps, spans, bases, votes.votes, votes.tops,
-        means.steps.shape[1], groups, votes.tops.shape[1], tiles, lines, rows_of_span,
-        SPAN=spans.shape[1], DIM=padded, LINES=32, GROUPS=block, RUN=run_of(groups, block), MOST=most,
-        num_warps=4,
+        query.values, query.steps, means.values, means.steps, spans, bases, votes,
+        means.steps.shape[1], groups, tiles, lines, rows_of_span,
+        SPAN=spans.shape[1], DIM=padded, LINES=32, GROUPS=block, MOST=most, num_warps=4,
     )  # fmt: skip
-    return votes
-
-
-def run_of(groups: int, block: int) -> int:
-    """Return how many groups share an entry of `Votes.tops`: there are 8192 entries, or few more."""
-    return min(block, max(8, triton.next_power_of_2(triton.cdiv(groups, 8192))))
-
-
-def empty_votes(rows: int, groups: int, block: int, device: torch.device) -> Votes:
-    """Make room for votes that programs write in blocks of `block` groups."""
-    kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    runs = triton.cdiv(groups, run_of(groups, block))
-    return Votes(torch.empty(rows, groups, **kind), torch.empty(rows, runs, **kind))
+    return Votes(votes)
 
 
 @triton.jit(do_not_specialize=["held", "tiles", "lines", "rows_of_span", "singles"])
@@ -173,11 +158,11 @@ def _absorb(
     return most, total * tl.exp2(peak * step - base) + tl.sum(mass, 1)
 
 
-@triton.jit(do_not_specialize=["held", "groups", "runs", "tiles", "lines", "rows_of_span"])
+@triton.jit(do_not_specialize=["held", "groups", "tiles", "lines", "rows_of_span"])
 def _vote(
-    queries, query_steps, keys, key_steps, spans, bases, votes, tops, held, groups, runs, tiles, lines,
+    queries, query_steps, keys, key_steps, spans, bases, votes, held, groups, tiles, lines,
     rows_of_span,
-    SPAN: tl.constexpr, DIM: tl.constexpr, LINES: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr,
+    SPAN: tl.constexpr, DIM: tl.constexpr, LINES: tl.constexpr, GROUPS: tl.constexpr,
     MOST: tl.constexpr,
 ):  # fmt: skip
     tile = tiles - 1 - tl.program_id(1)
@@ -208,6 +193,3 @@ def _vote(
         vote = tl.where(unit == unit, vote, float("inf"))
         vote = tl.where(inside, vote, -1.0)
     tl.store(votes + place * groups + group, vote, mask=group < groups)
-    RUNS: tl.constexpr = GROUPS // RUN
-    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
-    tl.store(tops + place * runs + run, tl.max(tl.reshape(vote, [RUNS, RUN]), 1), mask=run < runs)

@@ -1,8 +1,11 @@
 """Find the best launch parameters on the present GPU: try a small grid, check each result, time the rest."""
 
 import logging
+import os
 import statistics
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +29,7 @@ from hga_compile.kernels.launch import (
 )
 from hga_compile.kernels.plan import plan_queries
 
-__all__ = ["Outcome", "Task", "Workload", "graph_microseconds", "tasks_of", "tune"]
+__all__ = ["Outcome", "Task", "Workload", "compile_all", "graph_microseconds", "tasks_of", "tune"]
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +111,30 @@ def tune(task: Task, timer: Timer, advance: Callable[[int], None] = lambda _: No
                 best, least = candidate, took
         advance(1)
     return Outcome(task.kernel.name(), task.shape, default, best, own, least, tried, refused)
+
+
+def compile_all(task: Task, workers: int | None = None) -> None:
+    """Run all candidates once, several at a time: compilers are slow, and mostly let other threads run.
+
+    Parameters
+    ----------
+    task : Task
+        From `tasks_of`.
+    workers : int or None
+        Threads; None: one a core, 16 at most.
+    """
+    workers = workers or min(16, os.cpu_count() or 1)
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def compiled(candidate: Launch) -> None:
+        # What is on trial is a thread's own.
+        place = torch.cuda.device(device) if device is not None else nullcontext()
+        with place, trying(candidate), suppress(Exception):  # `tune` says what does not run
+            task.check()
+
+    candidates = dict.fromkeys([task.kernel.default(task.shape), *task.kernel.candidates()])
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(compiled, candidates))
 
 
 def _time_of(task: Task, candidate: Launch, want: tuple[Tensor, Tensor], timer: Timer) -> float | None:
@@ -200,9 +227,7 @@ def tasks_of(
         return chosen, out
 
     def score() -> Any:
-        return group_masses(
-            codes, scales, turned, table, groups=known, group_size=size, bits=bits, rows_of_span=rows
-        )
+        return group_masses(codes, scales, turned, table, groups=known, group_size=size, rows_of_span=rows)
 
     def attend() -> Tensor:
         return attend_listed(
@@ -210,13 +235,14 @@ def tasks_of(
             rows_of_span=rows, kv_heads=rows,
         )  # fmt: skip
 
-    turned = turn(query, scale)
+    turned = turn(query, scale, routing.bits)
     masses = score()
-    votes = votes_of(masses, table, heads, False, rows)
+    # Votes are counted in the masses' bins once: those that are timed below are others.
+    votes = votes_of(score(), table, heads, False, rows)
     chosen = select_groups(votes, table, spans.width, rows)
-    padded = turned.high.shape[1]
-    yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale), step)
-    yield Task(Score, shape_of(known * size, rows, padded, dim), score, step)
+    padded, wide = turned.halves.shape[3], max(32, 1 << (turned.halves.shape[4] - 1).bit_length())
+    yield Task(Turn, shape_of(1, rows, padded, dim), lambda: turn(query, scale, routing.bits), step)
+    yield Task(Score, shape_of(known * size, rows, padded, wide), score, step)
     vote_shape = shape_of(known, rows, padded)
     yield Task(Vote, vote_shape, lambda: votes_of(masses, table, heads, False, rows), step)
     select_shape = shape_of(known, rows)

@@ -106,13 +106,13 @@ class Rewrite:
 
     def __call__(self, work: Work) -> None:
         kernels = work.profile.compile.kernels
-        tier = "gpu" if work.profile.offload.tier == "gpu" else "host"
+        place = work.profile.offload
         # From the last one: what a site reads may be what an earlier one returns, which is replaced then.
         for plan, number in reversed(list(zip(work.plans, work.numbers(), strict=True))):
             if not plan.decision.routed and plan.window is None:
                 continue
             routing = work.profile.routing.for_layer(number, work.layers)
-            rewrite(work.graph, plan, SiteConfig(number, tier, routing, kernels))
+            rewrite(work.graph, plan, SiteConfig(number, place.home, routing, kernels, place))
             work.rewritten += 1
         if kernels != "auto":
             # What stays dense moves its rows by them too.

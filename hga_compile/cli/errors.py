@@ -17,7 +17,7 @@ FAILURE = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 # Failures that explain themselves, of modules that the command line does not import before they are needed.
-EXPECTED = ("StrictError", "CorpusError", "NothingRouted")
+EXPECTED = ("StrictError", "CorpusError", "NothingRouted", "NotFinite", "StoreError")
 
 
 class BadInputError(ValueError):
@@ -75,6 +75,7 @@ def describe(error: BaseException) -> tuple[int, str]:
         or _is_named(root, "ProfileError")
         or _is_named(root, "KernelError")
         or _is_named(root, "StudyError")
+        or _is_named(root, "LayersError")
     )
     if refused or isinstance(root, BadInputError):
         return BAD_INPUT, one_line(root)

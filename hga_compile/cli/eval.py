@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hga_compile.cli import eval_needle, eval_nll, options
+from hga_compile.cli import eval_layers, eval_needle, eval_nll, options
 from hga_compile.cli.errors import CommandError, guarded
 from hga_compile.cli.output import console, note, print_json, status
 
@@ -17,6 +17,7 @@ app = typer.Typer(
 app.command("nll")(eval_nll.nll)
 app.command("needle")(eval_needle.needle)
 app.command("ruler")(eval_needle.ruler)
+app.command("layers")(eval_layers.layers)
 
 
 @app.command()

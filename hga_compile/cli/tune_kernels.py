@@ -9,10 +9,10 @@ import typer
 
 from hga_compile.cli import options
 from hga_compile.cli.errors import BadInputError, guarded
-from hga_compile.cli.output import console, note, print_json, progress
+from hga_compile.cli.output import console, note, print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from hga_compile.kernels.tuner import Outcome, Workload
 
@@ -49,15 +49,19 @@ def tune_kernels(
 
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
-    outcomes = _outcomes(loads, device)
     path = table_path(name)
-    keep(outcomes, name)
-    result = {"device": name, "table": str(path), "kernels": [_plain(outcome) for outcome in outcomes]}
+    found: dict[tuple[str, str], Outcome] = {}
+    for load in loads:
+        # What a cut run has found stays found.
+        outcomes = _outcomes(load, device, found)
+        keep(outcomes, name)
+        found |= {(outcome.kernel, outcome.shape.text()): outcome for outcome in outcomes}
+        if not as_json:
+            _print("x".join(map(str, asdict(load).values())), name, outcomes)
+        note(f"kept in {path}")
     if as_json:
-        print_json(result)
-        return
-    _print(result)
-    note(f"kept in {path}")
+        kernels = [_plain(outcome) for outcome in found.values()]
+        print_json({"device": name, "table": str(path), "kernels": kernels})
 
 
 def parse_shapes(text: str) -> list[Workload]:
@@ -103,22 +107,28 @@ def keep(outcomes: Sequence[Outcome], device: str) -> None:
     save_table(path, device, table)
 
 
-def _outcomes(loads: Sequence[Workload], device: Any) -> list[Outcome]:
-    from hga_compile.kernels.launch import KERNELS
-    from hga_compile.kernels.tuner import graph_microseconds, tasks_of, tune
+def _outcomes(load: Workload, device: Any, known: Container[tuple[str, str]]) -> list[Outcome]:
+    """Tune for one shape, but for kernels that do not see what is new about it; say so after each kernel."""
+    from time import perf_counter
 
-    encode = len(KERNELS["encode"].candidates())
-    total = len(loads) * (sum(len(kernel.candidates()) for kernel in KERNELS.values()) + encode)
-    found: dict[tuple[str, str], Outcome] = {}
-    with progress("trying launch parameters", total) as advance:
-        for load in loads:
-            for task in tasks_of(load, device):
-                key = (task.kernel.name(), task.shape.text())
-                if key in found:  # shapes share the kernels that do not see their tokens
-                    advance(len(task.kernel.candidates()))
-                else:
-                    found[key] = tune(task, graph_microseconds, advance)
-    return list(found.values())
+    from hga_compile.kernels.tuner import compile_all, graph_microseconds, tasks_of, tune
+
+    outcomes: list[Outcome] = []
+    for task in tasks_of(load, device):
+        name, shape = task.kernel.name(), task.shape.text()
+        if (name, shape) in known:
+            continue
+        begin = perf_counter()
+        compile_all(task)
+        compiled = perf_counter()
+        outcome = tune(task, graph_microseconds)
+        outcomes.append(outcome)
+        timed = perf_counter() - compiled
+        note(
+            f"{name} ({shape}): {outcome.default_microseconds:.1f} -> {outcome.best_microseconds:.1f} µs, "
+            f"{outcome.tried} tried, {compiled - begin:.1f} s to compile, {timed:.1f} s to time"
+        )
+    return outcomes
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:
@@ -135,15 +145,15 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(shape: str, device: str, outcomes: Sequence[Outcome]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"launch parameters on {result['device']}", title_justify="left")
+    table = Table(title=f"launch parameters for {shape} on {device}", title_justify="left")
     for column in ("kernel", "size x rows x heads x dim", "default", "best"):
         table.add_column(column)
     for column in ("default, µs", "best, µs", "best / default", "tried", "refused"):
         table.add_column(column, justify="right")
-    for row in result["kernels"]:
+    for row in map(_plain, outcomes):
         names = [
             ", ".join(f"{name} {value}" for name, value in row[of].items()) for of in ("default", "best")
         ]

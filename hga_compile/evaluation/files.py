@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Write through a temporary file, so that a killed run leaves no half text."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        # Not mkstemp: the file gets the permissions that the user's umask gives a new file.
+        with open(draft, "x", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

@@ -10,6 +10,10 @@ from torch import Tensor
 CHUNK = 128  # rows a log-softmax takes at once: 128 x 49,152 fp32 is 25 MB
 
 
+class NotFinite(RuntimeError):
+    """A model gave numbers that cannot be compared; the message says which and what to try."""
+
+
 @dataclass(frozen=True)
 class TokenScores:
     """One number a scored token, `[tokens]` fp32 each, in nats (NLL and KL) or 0/1 (agreement)."""
@@ -34,6 +38,11 @@ def compare(dense: Tensor, routed: Tensor, targets: Tensor) -> TokenScores:
     -------
     TokenScores
         NLL of both, KL(dense || routed), and whether the most likely token is the same.
+
+    Raises
+    ------
+    NotFinite
+        If one of them gives a target no finite likelihood.
     """
     if dense.shape != routed.shape or targets.shape != dense.shape[:1]:
         shapes = f"{tuple(dense.shape)}, {tuple(routed.shape)}, {tuple(targets.shape)}"
@@ -47,7 +56,14 @@ def compare(dense: Tensor, routed: Tensor, targets: Tensor) -> TokenScores:
         nll_p, nll_q = -p.gather(1, target)[:, 0], -q.gather(1, target)[:, 0]
         kl = (p.exp() * (p - q)).sum(-1)
         parts.append(torch.stack([nll_p, nll_q, kl, (p.argmax(-1) == q.argmax(-1)).float()]).cpu())
-    return TokenScores(*torch.cat(parts, 1))
+    found = TokenScores(*torch.cat(parts, 1))
+    for model, values in (("dense", found.dense_nll), ("routed", found.nll), ("routed", found.kl)):
+        if not bool(torch.isfinite(values).all()):
+            raise NotFinite(
+                f"the {model} model's logits give {int((~torch.isfinite(values)).sum())} of {len(values)} "
+                "tokens no finite likelihood; try a wider type: bfloat16 or float32 (--dtype)"
+            )
+    return found
 
 
 @dataclass(frozen=True)

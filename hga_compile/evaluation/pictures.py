@@ -99,6 +99,27 @@ def draw_needles(path: Path, summary: Sequence[Entry], title: str) -> None:
     _save(figure, path)
 
 
+def draw_layers(path: Path, found: Sequence[Entry], title: str) -> None:
+    """Draw the KL of each layer by itself, a line for each multiple of its budget, lengths side by side."""
+    lengths = sorted({entry["length"] for entry in found})
+    figure = _figure((1.0 + 7.0 * len(lengths), 4.2), title)
+    for number, length in enumerate(lengths):
+        axes = figure.add_subplot(1, len(lengths), number + 1)
+        for factor in sorted({entry["factor"] for entry in found}):
+            line = [e for e in found if (e["length"], e["factor"]) == (length, factor)]
+            layers, means = [e["layer"] for e in line], [e["kl"]["mean"] for e in line]
+            drawn = axes.plot(layers, means, marker="o", markersize=3, label=f"budget x {factor:g}")[0]
+            if line and line[0]["kl"]["low"] is not None:
+                low, high = [e["kl"]["low"] for e in line], [e["kl"]["high"] for e in line]
+                axes.fill_between(layers, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        axes.set_yscale("log")
+        axes.set_xlabel(f"layer routed, the others dense ({length:,} tokens)")
+        axes.set_ylabel("KL(dense || row) (nats)")
+        axes.grid(alpha=0.25)
+    figure.axes[-1].legend()
+    _save(figure, path)
+
+
 def _figure(size: tuple[float, float], title: str) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -110,8 +110,10 @@ class Study:
             return made[0]
 
         facts = {"measurement": MEASUREMENT, "model": self.header["model"], **case.identity()}
-        facts |= {"dtype": self.header["settings"]["dtype"], "device": self.header["environment"]["device"]}
-        code = self.header["environment"]["code"]
+        environment = self.header["environment"]
+        facts |= {"dtype": self.header["settings"]["dtype"]}
+        facts |= {key: environment.get(key) for key in ("device", "torch", "transformers")}
+        code = environment["code"]
         plan: list[tuple[Row | None, str]] = [(None, "-"), *((row, mode) for mode in modes for row in rows)]
         for row, mode in plan:
             what = {"row": row.identity, "mode": mode, "code": code} if row else {"row": DENSE}

@@ -70,6 +70,32 @@ def print_needles(out: Console, summary: Sequence[Entry]) -> None:
     out.print(cells)
 
 
+def print_layers(out: Console, found: Sequence[Entry], suggested: Entry) -> None:
+    """Print what each layer costs by itself at each multiple of its budget, and what is suggested for it."""
+    factors = sorted({entry["factor"] for entry in found})
+    table = _table(
+        "KL(dense || one layer routed), mean over texts [95% bootstrap interval]; nats",
+        ("tokens", "layer", *(f"budget x {factor:g}" for factor in factors), "suggested"),
+    )
+    lines: dict[tuple[int, int], dict[float, str]] = {}
+    for entry in found:
+        lines.setdefault((entry["length"], entry["layer"]), {})[entry["factor"]] = _interval(entry["kl"], 5)
+    for (length, layer), cells in sorted(lines.items()):
+        chosen = suggested["factors"][str(layer)]
+        table.add_row(f"{length:,}", str(layer), *(cells[factor] for factor in factors), f"x {chosen:g}")
+    out.print(table)
+    now, then = suggested["sum_of_kl_now"], suggested["sum_of_kl"]
+    out.print(f"sum of the layers' KL: {now:.4f} now, {then:.4f} as suggested, at the same mean budget")
+    held = suggested["held_out"]
+    if held is None:
+        out.print("one text: nothing says what the suggestion is worth on others; give several")
+    else:
+        then = held["sum_of_kl"]
+        out.print(
+            f"on texts left out of the choice: {held['sum_of_kl_now']:.4f} now, {then:.4f} as suggested"
+        )
+
+
 def print_fallbacks(out: Console, runs: Sequence[Entry]) -> None:
     """Print how often a row ran in something else than the fastest kernels, and why; nothing if never."""
     counts: dict[tuple[str, str, str], int] = {}

@@ -2,20 +2,23 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from hga_compile.configs.profile import Kernels
+from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.attend import attend_window
-from hga_compile.kernels.index import LayerIndex
+from hga_compile.kernels.hot import HotCache
+from hga_compile.kernels.index import LayerIndex, MeanQuery
 from hga_compile.kernels.routed import routed_attention
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.kernels.states import STATES
-from hga_compile.store.pages import Pages
 from hga_compile.store.recent import Recent, check_pair
+from hga_compile.store.storage_io import StorageIO
+from hga_compile.store.tier import Held, Home, Tier
+from hga_compile.store.tiers import is_at, make_tier, moved
 
 __all__ = ["LayerStore"]
 
@@ -45,19 +48,30 @@ class LayerStore:
 
     Parameters
     ----------
-    tier : {"gpu", "host"} or None
+    tier : {"gpu", "host", "nvme"} or None
         Where pages live before a routed site says so; None: with the K/V.
+    place : Offload
+        Budgets and sizes of the tier, before a routed site says so.
+    io : StorageIO or None
+        File system of the `nvme` tier; None: the operating system's.
     """
 
-    def __init__(self, tier: Literal["gpu", "host"] | None = None) -> None:
+    def __init__(
+        self, tier: Home | None = None, place: Offload | None = None, io: StorageIO | None = None
+    ) -> None:
         self.length = 0
-        self.pages: Pages | None = None
+        self.pages: Tier | None = None
         self.index: LayerIndex | None = None
         self.recent: Recent | None = None
         """The window of a sliding layer, in place of pages."""
         self.batch = 0
         self.tier = tier
+        self.place = Offload() if place is None else place
+        self.io = io
+        self.noted: MeanQuery | None = None
+        """Mean of the first queries of K/V that were saved; an index that is made for them begins with it."""
         self._group_size = _PLAIN_GROUP
+        self._layer = 0
 
     @_lasting
     def put(self, key: Tensor, value: Tensor, length: int, kernels: Kernels = "auto") -> None:
@@ -76,6 +90,8 @@ class LayerStore:
         ------
         RuntimeError
             Rows that would leave a gap, or whose shape, dtype or device differs from what is stored.
+        StoreError
+            The tier has no room, or its files failed: the rows before these are still there.
         """
         batch, heads, new, dim = key.shape
         begin = length - new
@@ -88,10 +104,11 @@ class LayerStore:
             raise _gap(begin, length, self.length)
         check_pair(key, value)
         if self.pages is None:
-            home = torch.device("cpu") if self.tier == "host" else key.device
             self.batch = batch
-            self.pages = Pages(
-                batch * heads, dim, value.shape[3], self._group_size, key.dtype, key.device, home
+            shape = (batch * heads, dim, value.shape[3], self._group_size)
+            home: Home = "gpu" if self.tier is None else self.tier
+            self.pages = make_tier(
+                home, shape, key.dtype, key.device, "auto", self.place, self._layer, self.io
             )
         if kernels != self.pages.kernels:
             self.pages.use(kernels)
@@ -126,7 +143,7 @@ class LayerStore:
         """Store new rows, then routed attention of the last queries (see `kernels.routed`)."""
         if self.pages is None:
             # The first rows are stored where the site wants them, not moved there afterwards.
-            self.tier = "host" if site.tier == "host" else "gpu"
+            self.tier, self.place, self._layer = site.tier, site.place, site.layer
             self._group_size = site.routing.group_size
         self.put(key, value, length, site.kernels)
         pages, index = self._settle(site)
@@ -166,6 +183,8 @@ class LayerStore:
             # Rows that an honest append stored before become the first window.
             start = max(0, begin - window + 1)
             past = None if self.pages is None or start == begin else self.pages.read(start, begin)
+            if self.pages is not None:
+                self.pages.close()
             self.pages = self.index = None
             self.recent = Recent(window)
             self.recent.length = start if past is not None else begin
@@ -194,8 +213,11 @@ class LayerStore:
             if self.recent is not None:
                 self.recent.truncate(length)
             self.length = length
+            self.noted = self.noted if length else None
             if self.index is not None:
                 self.index.truncate(length)
+            if self.pages is not None:
+                self.pages.truncate(length)
 
     @_lasting
     def select_batch(self, index: Tensor) -> None:
@@ -210,39 +232,59 @@ class LayerStore:
         self.pages.select_rows(rows)
         if self.index is not None:
             self.index.select_rows(rows)
+        self.noted = None if self.noted is None else self.noted.select_rows(rows)
         self.batch = len(index)
 
     @_lasting
     def clone(self) -> "LayerStore":
         """Return an independent copy; its index is made anew when it is needed."""
-        other = LayerStore(self.tier)
+        other = LayerStore(self.tier, self.place, self.io)
         other.length, other.batch = self.length, self.batch
-        other._group_size = self._group_size
+        other._group_size, other._layer = self._group_size, self._layer
         other.pages = None if self.pages is None else self.pages.clone()
         other.index = None if self.index is None else self.index.emptied()
         other.recent = None if self.recent is None else self.recent.clone()
+        other.noted = self.noted
         return other
 
-    def nbytes(self) -> tuple[int, int, int]:
-        """Return bytes of K/V on the accelerator, of the index, and of K/V in host RAM."""
+    def close(self) -> None:
+        """Give all K/V up at once; nothing may be asked afterwards."""
+        pages, self.pages = self.pages, None
+        self.index = self.recent = None
+        if pages is not None:
+            pages.close()
+
+    @property
+    def queries(self) -> MeanQuery | None:
+        """Mean of the first queries, as far as routing wants it."""
+        return self.noted if self.index is None else self.index.queries
+
+    def expect(self, group_size: int, layer: int) -> None:
+        """Store the first rows as a site of this group size and layer will want them."""
+        self._group_size, self._layer = group_size, layer
+
+    def nbytes(self) -> Held:
+        """Return the bytes that K/V and index take, by place."""
         index = 0 if self.index is None else self.index.nbytes()
         if self.recent is not None:
-            return self.recent.nbytes(), index, 0
-        if self.pages is None:
-            return 0, index, 0
-        used = self.pages.nbytes()
-        return (0, index, used) if self.pages.home.type == "cpu" else (used, index, 0)
+            return Held(self.recent.nbytes(), index)
+        held = Held() if self.pages is None else self.pages.held()
+        return held._replace(summaries=index)
 
-    def _settle(self, site: SiteConfig) -> tuple[Pages, LayerIndex]:
+    def _settle(self, site: SiteConfig) -> tuple[Tier, LayerIndex]:
         """Bring page size, tier and index in line with the site that reads them."""
         if self.pages is None:
             raise RuntimeError("no K/V is stored yet: append before attending")
-        home = torch.device("cpu") if site.tier == "host" else self.pages.compute
-        if self.pages.group_size != site.routing.group_size or self.pages.home != home:
-            self.pages = self.pages.moved(site.routing.group_size, home, self.length)
+        size = site.routing.group_size
+        if self.pages.group_size != size or not is_at(self.pages, site.tier):
+            self.tier, self.place, self._layer = site.tier, site.place, site.layer
+            former = self.pages
+            self.pages = moved(former, site.tier, size, self.length, site.place, site.layer, self.io)
+            former.close()
         index = self.index
         if index is None or index.routing != site.routing or index.kernels != site.kernels:
             index = self.index = LayerIndex(site.routing, site.kernels)
+            index.queries = self.noted
         return self.pages, index
 
     def _check(self, key: Tensor, value: Tensor) -> None:
@@ -268,7 +310,7 @@ def _gap(begin: int, length: int, stored: int) -> RuntimeError:
 class _Joined:
     """Pages whose last tokens are still at hand on the compute device (a `kernels.call.KeyValues`)."""
 
-    def __init__(self, pages: Pages, key: Tensor, value: Tensor, length: int) -> None:
+    def __init__(self, pages: Tier, key: Tensor, value: Tensor, length: int) -> None:
         self.pages, self.key, self.value = pages, key, value
         self.begin = length - key.shape[1]
         self.rows, self.dtype, self.v_dim, self.paged = pages.rows, pages.dtype, pages.v_dim, True
@@ -285,6 +327,9 @@ class _Joined:
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         return self.pages.gather(groups, group_size)
 
+    def fetch(self, groups: Tensor) -> Tensor:
+        return self.pages.fetch(groups)
+
     @property
     def host_pages(self) -> Tensor | None:
         return self.pages.host_pages
@@ -294,8 +339,12 @@ class _Joined:
         return self.pages.gpu_pages
 
     @property
+    def hot(self) -> HotCache | None:
+        return self.pages.hot
+
+    @property
     def row_bytes(self) -> int:
-        return (self.pages.dim + self.pages.v_dim) * self.pages.buffer.element_size()
+        return (self.pages.dim + self.pages.v_dim) * self.dtype.itemsize
 
 
 STATES.make = LayerStore

@@ -1,17 +1,23 @@
-"""Token K/V of one layer in pages: one page holds a group of tokens of all rows, K and V together."""
+"""The tiers `gpu` and `host`: pages in one buffer, in GPU memory or in host RAM."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from hga_compile.configs.profile import Kernels
+from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.dispatch import triton_serves
 from hga_compile.kernels.gpu import load_rows, store_rows
+from hga_compile.kernels.hot import HotCache
+from hga_compile.store.errors import StoreFullError
+from hga_compile.store.host_memory import Lease, available_bytes
+from hga_compile.store.host_range import HostRange
+from hga_compile.store.tier import Held
 
 __all__ = ["Pages"]
 
+# Shares of the RAM that is left, of which a layer takes one at most before it needs it.
+_SHARES = 256
 # Tokens that a kernel moves without a wait; the copy engine is faster for more.
 _FEW = 64
 
@@ -36,6 +42,8 @@ class Pages:
         Where the pages live; pinned when that is the CPU and `compute` is a CUDA device.
     kernels : {"auto", "triton", "native", "reference"}
         What moves rows (see `use`).
+    place : Offload
+        RAM budget, room to make at once, and whether to poison.
     """
 
     def __init__(
@@ -48,18 +56,39 @@ class Pages:
         compute: torch.device,
         home: torch.device,
         kernels: Kernels = "auto",
+        place: Offload | None = None,
     ) -> None:
         self.rows, self.dim, self.v_dim, self.group_size = rows, dim, v_dim, group_size
         self.dtype, self.compute, self.home = dtype, compute, home
-        self.buffer = self._allocate(0)
-        self.use(kernels)
+        self.place = Offload() if place is None else place
         self._in_flight = False
         """Whether kernels may still be at work on pages in host memory."""
+        self._hot: HotCache | None = None
+        self._lease = Lease(self.place.host_budget)
+        self._pinned = home.type == "cpu" and compute.type == "cuda"
+        # Memory that a GPU reads grows by a copy; what the CPU alone reads grows in place.
+        self._range = HostRange() if home.type == "cpu" and not self._pinned else None
+        self.buffer = self._allocate(0)
+        self.use(kernels)
 
     def __del__(self) -> None:
+        try:  # noqa: SIM105 - names of this module are gone when the interpreter ends
+            self.close()
+        except Exception:
+            pass
+
+    def close(self) -> None:
+        """Give the pages up; with `offload.poison` overwrite them first."""
         # Freed pages are given to whoever asks next: no kernel may be reading them then.
-        with suppress(Exception):
-            self._settle()
+        self._settle()
+        if self.place.poison:
+            _poison(self.buffer)
+            if self._hot is not None:
+                _poison(self._hot.pool)
+        self._hot = None
+        self.buffer = self.buffer[:0].clone()
+        self._range = None
+        self._lease.resize(0)
 
     def use(self, kernels: Kernels) -> None:
         """Move rows by what a profile asks for (`compile.kernels`); the pages stay as they are."""
@@ -67,19 +96,42 @@ class Pages:
         self._triton = triton_serves(kernels, self.compute, self.dtype, max(self.dim, self.v_dim))
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens; what is stored stays."""
+        """Make room for `tokens` tokens; what is stored stays.
+
+        Raises
+        ------
+        StoreFullError
+            They exceed the RAM budget, or what is left of the RAM.
+        """
         needed, have = -(-tokens // self.group_size), self.buffer.shape[0]
         if needed <= have:
             return
+        first = 0 if have else -(-(self.place.reserve_tokens or 0) // self.group_size)
         # A quarter of slack: appending n tokens one by one copies less than 5 n of them.
-        larger = self._allocate(max(needed, have + have // 4 + 64))
-        self._settle()
-        larger[:have] = self.buffer
-        self.buffer = larger
+        slack = first or have + have // 4 + 64
+        if self.home.type == "cpu" and not first:
+            # Other layers have to grow too: none takes much of what is left before it needs it.
+            group = self.rows * self.group_size * (self.dim + self.v_dim) * self.dtype.itemsize
+            slack = min(slack, needed + self._lease.memory.spare(self._lease.budget) // (_SHARES * group))
+        self._grow(max(needed, slack))
+
+    def truncate(self, length: int) -> None:
+        """Give up tokens from number `length` on, and host RAM that they took; see also `offload.poison`."""
+        self._forget(length)
+        kept = -(-length // self.group_size)
+        reserved = -(-(self.place.reserve_tokens or 0) // self.group_size)
+        if self._range is not None and len(self.buffer) > max(2 * kept + 64, reserved):
+            self._grow(kept)
+        if self.place.poison and length < len(self.buffer) * self.group_size:
+            self._settle()
+            for groups, inside, _ in self._runs(length, len(self.buffer) * self.group_size):
+                for view in self._views(groups):
+                    view[:, :, inside] = torch.nan
 
     def write(self, key: Tensor, value: Tensor, begin: int) -> None:
         """Store ``[rows, n, dim]`` keys and values as tokens ``begin, begin + 1, ...``."""
         self.reserve(begin + key.shape[1])
+        self._forget(begin)
         if self._triton and key.shape[1] <= _FEW:
             store_rows(self.buffer, key, value, begin, self.group_size)
             self._in_flight = self.home.type == "cpu"
@@ -108,20 +160,27 @@ class Pages:
         """Return keys ``[rows, n * group_size, dim]`` and values of the ``[rows, n]`` groups."""
         if group_size != self.group_size:
             raise ValueError(f"pages hold groups of {self.group_size} tokens, got a request for {group_size}")
+        found = self._copies(groups).view(self.rows, -1, self.buffer.shape[2])
+        split = self.group_size * self.dim
+        key = found[..., :split].reshape(self.rows, -1, self.dim)
+        return key, found[..., split:].reshape(self.rows, -1, self.v_dim)
+
+    def fetch(self, groups: Tensor) -> Tensor:
+        """Return copies of the ``[rows, n]`` groups: pages ``[n, rows, page]`` on the compute device."""
+        found = self._copies(groups).view(self.rows, -1, self.buffer.shape[2])
+        return found.transpose(0, 1).contiguous()
+
+    def _copies(self, groups: Tensor) -> Tensor:
+        """Copy ``[rows, n]`` groups to the compute device, ``[rows * n, page]``."""
         self._settle()
         rows = torch.arange(self.rows, device=self.home)[:, None]
         flat = (groups.to(self.home) * self.rows + rows).flatten()
         pages = self.buffer.flatten(0, 1)
-        if self.home.type == "cpu" and self.compute.type == "cuda":
+        if self._pinned:
             staging = torch.empty(len(flat), pages.shape[1], dtype=self.dtype, pin_memory=True)
             torch.index_select(pages, 0, flat, out=staging)
-            found = staging.to(self.compute, non_blocking=True)
-        else:
-            found = pages.index_select(0, flat)
-        found = found.view(self.rows, -1, pages.shape[1])
-        split = self.group_size * self.dim
-        key = found[..., :split].reshape(self.rows, -1, self.dim)
-        return key, found[..., split:].reshape(self.rows, -1, self.v_dim)
+            return staging.to(self.compute, non_blocking=True)
+        return pages.index_select(0, flat)
 
     @property
     def host_pages(self) -> Tensor | None:
@@ -137,27 +196,43 @@ class Pages:
         self._in_flight = self.home.type == "cpu"
         return self.buffer
 
+    @property
+    def hot(self) -> HotCache | None:
+        """Slots on the GPU that kernels keep copies of listed pages in (`offload.hot_cache`)."""
+        if self._hot is None and self.place.hot_cache is not None and self._pinned and self._triton:
+            share, page = self.place.hot_cache, self.buffer.shape[2]
+            self._hot = HotCache(self.rows, page, share, self.dtype, self.compute)
+        return self._hot
+
+    def _forget(self, length: int) -> None:
+        """Have no copies of groups with tokens from number `length` on."""
+        if self._hot is not None:
+            self._hot.forget(length // self.group_size, self.place.poison)
+
     def select_rows(self, rows: Tensor) -> None:
         """Replace the rows by `rows` (int64 indices)."""
+        other = self._like(len(rows))
+        other._grow(len(self.buffer))
         self._settle()
-        self.buffer = self._pinned(self.buffer.index_select(1, rows.to(self.home)))
-        self.rows = len(rows)
-
-    def moved(self, group_size: int, home: torch.device, tokens: int) -> "Pages":
-        """Return pages of another group size or home with the first `tokens` tokens."""
-        shape = (self.rows, self.dim, self.v_dim, group_size)
-        pages = Pages(*shape, self.dtype, self.compute, home, self.kernels)
-        if tokens:
-            pages.write(*self.read(0, tokens), 0)
-        return pages
+        torch.index_select(self.buffer, 1, rows.to(self.home), out=other.buffer)
+        self._take_over(other)
 
     def clone(self) -> "Pages":
         """Return an independent copy."""
+        other = self._like(self.rows)
+        other._grow(len(self.buffer))
         self._settle()
-        shape = (self.rows, self.dim, self.v_dim, self.group_size)
-        pages = Pages(*shape, self.dtype, self.compute, self.home, self.kernels)
-        pages.buffer = self._pinned(self.buffer.clone())
-        return pages
+        other.buffer.copy_(self.buffer)
+        return other
+
+    def _like(self, rows: int) -> "Pages":
+        shape = (rows, self.dim, self.v_dim, self.group_size)
+        return Pages(*shape, self.dtype, self.compute, self.home, self.kernels, self.place)
+
+    def _take_over(self, other: "Pages") -> None:
+        """Become another one, which becomes what this was and is given up."""
+        self.__dict__, other.__dict__ = other.__dict__, self.__dict__
+        other.close()
 
     def _settle(self) -> None:
         """Wait for the GPU before the CPU reads or gives up host memory that kernels use."""
@@ -166,9 +241,11 @@ class Pages:
                 torch.cuda.synchronize(self.compute)
             self._in_flight = False
 
-    def nbytes(self) -> int:
-        """Return the bytes allocated."""
-        return self.buffer.nbytes
+    def held(self) -> Held:
+        """Return the bytes allocated, by place."""
+        if self.home.type != "cpu":
+            return Held(self.buffer.nbytes)
+        return Held(0 if self._hot is None else self._hot.nbytes(), host=self.buffer.nbytes)
 
     def _runs(self, begin: int, end: int) -> Iterator[tuple[slice, slice, slice]]:
         """Cut ``begin <= token < end`` into part of a group, whole groups, and part of a group.
@@ -194,11 +271,57 @@ class Pages:
             pages[..., split:].unflatten(-1, (self.group_size, self.v_dim)),
         )
 
+    def _grow(self, groups: int) -> None:
+        """Make the buffer `groups` long, or shorter; it stays as it was if there is no room."""
+        have, page = min(len(self.buffer), groups), self.rows * self.group_size * (self.dim + self.v_dim)
+        size = groups * page * self.dtype.itemsize
+        old = self._lease.held
+        if self.home.type == "cpu" and size > old:
+            # To be copied, old and new pages are there at once.
+            self._lease.resize(size if self._range is not None else size + old)
+        try:
+            if self._range is not None:
+                self.buffer = self.buffer[:0].clone()  # nothing may point there while it moves
+                self.buffer = self._shaped(self._range.resized(size, have * page * self.dtype.itemsize))
+            else:
+                larger = self._allocate(groups)
+                self._settle()
+                larger[:have] = self.buffer
+                self.buffer = larger
+        except BaseException:
+            if self._range is not None:
+                self.buffer = self._shaped(self._range.bytes)
+            self._lease.resize(old)
+            raise
+        if self.home.type == "cpu":
+            self._lease.resize(size)
+        if self.place.poison or _torch_fills():
+            _poison(self.buffer[have:])
+
+    def _shaped(self, raw: Tensor) -> Tensor:
+        return raw.view(self.dtype).view(-1, self.rows, self.group_size * (self.dim + self.v_dim))
+
     def _allocate(self, groups: int) -> Tensor:
         shape = (groups, self.rows, self.group_size * (self.dim + self.v_dim))
-        pin = self.home.type == "cpu" and self.compute.type == "cuda"
-        return torch.empty(shape, dtype=self.dtype, device=self.home, pin_memory=pin)
+        try:
+            return torch.empty(shape, dtype=self.dtype, device=self.home, pin_memory=self._pinned)
+        except RuntimeError as error:
+            if self.home.type != "cpu":
+                raise
+            # What CUDA reports is worded as if GPU memory had run out.
+            need = shape[0] * shape[1] * shape[2] * self.dtype.itemsize
+            what = "host RAM could not be pinned (RAM, not GPU memory, is short)"
+            raise StoreFullError(what, need, available_bytes(), "offload.host_budget") from error
 
-    def _pinned(self, buffer: Tensor) -> Tensor:
-        pin = self.home.type == "cpu" and self.compute.type == "cuda"
-        return buffer.pin_memory() if pin else buffer
+
+def _torch_fills() -> bool:
+    """Say whether torch fills the memory that it hands out, for tests."""
+    return (
+        torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    )
+
+
+def _poison(buffer: Tensor) -> None:
+    """Fill with NaN, in every floating-point type."""
+    if buffer.numel():
+        buffer.view(torch.uint8).fill_(0xFF)

@@ -85,6 +85,15 @@ RESULTS["prefill_attention"] = {
     ],
 }
 
+RESULTS["summarize"] = {
+    "benchmark": "summarize",
+    "rate": 4e12,
+    "cases": [
+        {"kind": "2-bit codes", "tokens": 65536, "microseconds": 25.0, "floor_microseconds": 20.0}
+        | {"measured_over_floor": 1.25, "peers": {"copy": 21.0}},
+    ],
+}
+
 
 @pytest.fixture
 def results(tmp_path):
@@ -98,6 +107,7 @@ ROWS = {
     "cpu_decode": "| hga, default | 10.00 | 2.00x | 100.0 | 40.0 | 2.50 |",
     "gpu_memory": "| 4096 | 9.0 | 2.0 | 7.0 | 0.0 | 1.0 | 7.0 |",
     "prefill_attention": "| 65536 | 5.7% | 30.00 | 10.00 | 3.0 | 60.00 | 90.00 | failed | 2.00x |",
+    "summarize": "| 2-bit codes | 65536 | 25.0 | 20.0 | 1.25 | 21.0 | 84% |",
     "decode_attention": "| 1 | 65536 | GPU memory | 40.0 | 4.0 | 10.0 | 50.0 | 60.0 | 1.25x |",
 }
 

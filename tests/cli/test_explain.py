@@ -74,6 +74,7 @@ def test_a_setting_that_nothing_serves_is_bad_input(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HGA_OFFLOAD__HOT_CACHE", "0.1")
+    monkeypatch.setenv("HGA_TIER", "gpu")
     done = runner.invoke(app, ["explain", str(tiny_model), "--device", "cpu"])
     assert done.exit_code == 2
     assert "offload.hot_cache" in done.stderr

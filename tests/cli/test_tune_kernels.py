@@ -24,10 +24,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made Up 9000")
     found = [
-        Outcome("score", SHAPE, Score(256, 4), Score(512, 8), 10.0, 8.0, 7, 1),
+        Outcome("score", SHAPE, Score(256, 528, 4), Score(512, 528, 8), 10.0, 8.0, 7, 1),
         Outcome("turn", SHAPE, Turn(), Turn(), 3.0, 3.0, 8, 0),
     ]
-    monkeypatch.setattr(tune_kernels, "_outcomes", lambda loads, device: found)
+    monkeypatch.setattr(tune_kernels, "_outcomes", lambda load, device, known: found)
     return "Made Up 9000"
 
 
@@ -73,10 +73,14 @@ def test_what_is_found_is_kept_beside_other_shapes_and_printed(gpu: str) -> None
     done = runner.invoke(app, ["tune-kernels"])
     assert done.exit_code == 0, done.stderr
     assert load_table(table_path(gpu), gpu) == {
-        "score": {SHAPE.text(): Score(512, 8)},
+        "score": {SHAPE.text(): Score(512, 528, 8)},
         "turn": {SHAPE.text(): Turn(), "another": Turn(16, 2)},
     }
-    assert "tokens 512, warps 8" in done.stdout and "0.80" in done.stdout and "the default" in done.stdout
+    assert (
+        "tokens 512, programs 528, warps 8" in done.stdout
+        and "0.80" in done.stdout
+        and "the default" in done.stdout
+    )
     assert str(table_path(gpu)) in done.stderr
     launch._table_of.cache_clear()
 
@@ -89,5 +93,5 @@ def test_json_has_times_and_ratios_and_a_broken_table_is_replaced(gpu: str) -> N
     result = json.loads(done.stdout)
     assert result["device"] == gpu and result["table"] == str(table_path(gpu))
     first = result["kernels"][0]
-    assert (first["best"], first["ratio"]) == ({"tokens": 512, "warps": 8}, 0.8)
-    assert load_table(table_path(gpu), gpu)["score"][SHAPE.text()] == Score(512, 8)
+    assert (first["best"], first["ratio"]) == ({"tokens": 512, "programs": 528, "warps": 8}, 0.8)
+    assert load_table(table_path(gpu), gpu)["score"][SHAPE.text()] == Score(512, 528, 8)

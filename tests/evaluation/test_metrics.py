@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hga_compile.evaluation.metrics import CHUNK, compare, over_documents, token_error
+from hga_compile.evaluation.metrics import CHUNK, NotFinite, compare, over_documents, token_error
 
 
 def test_compare_equals_the_definitions_across_chunks():
@@ -43,3 +43,11 @@ def test_one_document_has_no_interval():
     interval = over_documents([0.3])
     assert (interval.mean, interval.error, interval.low, interval.high) == (0.3, None, None, None)
     assert token_error(torch.tensor([0.3])) == 0.0
+
+
+@pytest.mark.parametrize(("side", "name"), [(0, "dense"), (1, "routed")])
+def test_numbers_that_are_not_finite_are_an_error(side: int, name: str) -> None:
+    logits = [torch.zeros(4, 8), torch.zeros(4, 8)]
+    logits[side][2] = torch.nan
+    with pytest.raises(NotFinite, match=f"the {name} model's logits give 1 of 4 tokens"):
+        compare(*logits, torch.arange(4))

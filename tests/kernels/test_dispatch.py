@@ -7,11 +7,13 @@ import pytest
 import torch
 from cases import inputs, left_padding, opened, routing, run_steps, run_whole, site, store_of
 
+from hga_compile.configs.profile import Offload
 from hga_compile.kernels import dispatch, lowbit, native, ops
 from hga_compile.kernels.dispatch import KernelError, Need, choose, covers, give_up, preferred, triton_serves
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import LowBitSummary
 from hga_compile.store.pages import Pages
+from hga_compile.store.tiers import moved
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 compiled = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
@@ -178,7 +180,7 @@ def test_codes_lie_as_the_kernels_that_read_them_want(monkeypatch):
 def test_pages_keep_their_kernels(monkeypatch):
     pages = Pages(1, 8, 8, 4, torch.float32, CPU, CPU, "reference")
     pages.write(torch.zeros(1, 9, 8), torch.zeros(1, 9, 8), 0)
-    assert pages.clone().kernels == pages.moved(16, CPU, 9).kernels == "reference"
+    assert pages.clone().kernels == moved(pages, "host", 16, 9, Offload()).kernels == "reference"
     pages.use("auto")
     assert pages.kernels == "auto"
 

@@ -16,7 +16,7 @@ from hga_compile.configs.routing import Routing
 from hga_compile.kernels import call as call_module
 from hga_compile.kernels import decode, dispatch, gpu, lowbit
 from hga_compile.kernels import steps as steps_module
-from hga_compile.kernels.launch import Select, trying
+from hga_compile.kernels.launch import Score, Select, trying
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import _STEP, encode_keys
 from hga_compile.kernels.plan import plan_queries
@@ -105,6 +105,12 @@ def test_every_width_of_codes_and_every_vote(place, bits, vote):
     check(place, bits=bits, vote=vote)
 
 
+@pytest.mark.parametrize(("bits", "heads"), [(2, 3), (8, 16)])
+def test_blocks_that_are_summed_together_give_the_same_groups(place, bits, heads):
+    with trying(Score(64, 4, 4)):
+        check(place, bits=bits, heads=heads)
+
+
 @pytest.mark.parametrize("size", [1, 2, 8, 16, 64])
 def test_every_group_size(place, size):
     check(place, size=size, tokens=700)
@@ -161,22 +167,111 @@ def choose(
     rows, groups = votes.shape
     held = votes.to(place).clone()
     held[:, :sinks] = -1.0
-    run = 8
-    tops = torch.nn.functional.pad(held, (0, -groups % run), value=-1.0).unflatten(1, (-1, run)).amax(-1)
     table = torch.tensor([[0, sinks, groups, count, groups + window, 0]], dtype=torch.int32, device=place)
-    width = sinks + count + window
-    return select_groups(Votes(held, tops.contiguous()), table, width, rows).tolist()
+    return select_groups(Votes(held), table, sinks + count + window, rows).tolist()
 
 
-@pytest.mark.parametrize("few", [16, 64, 2048])
+def best_of(votes: Tensor, count: int, sinks: int = 0) -> list[int]:
+    """Return what must be chosen of one row's votes, of equals the first."""
+    known = votes.tolist()
+    return sorted(sorted(range(sinks, len(known)), key=lambda group: (-known[group], group))[:count])
+
+
+# One program a row in registers; several, with and without room for all near the least; one, part by part.
+WAYS = {
+    "whole": (Select(whole=2**11), 8),
+    "split": (Select(whole=64, part=64, held=2**10), 8),
+    "crowded": (Select(whole=64, part=64, held=16), 8),
+    "in turn": (Select(whole=64, part=64, held=2**8), 2),
+    "in turn, crowded": (Select(whole=64, part=64, held=16), 2),
+}
+
+
+@pytest.fixture(params=list(WAYS))
+def way(request, monkeypatch):
+    """Run the selection in one of its ways."""
+    from hga_compile.kernels import triton_select
+
+    parameters, programs = WAYS[request.param]
+    monkeypatch.setattr(triton_select, "_PROGRAMS", programs)
+    monkeypatch.setattr(triton_select, "_MOST_PART", 64)
+    with trying(parameters):
+        yield
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 60, 197])
-def test_selection_is_top_k_of_which_equals_come_first(place, few, count):
+def test_selection_is_top_k_of_which_equals_come_first(place, way, count):
     votes = torch.randint(0, 40, (2, 200)) / 7
-    with trying(Select(part=64, few=few, more=4 * few)):
-        got = choose(place, votes, count, sinks=3, window=5)
+    got = choose(place, votes, count, sinks=3, window=5)
     for row in range(2):
-        order = sorted(range(3, 200), key=lambda group: (-float(votes[row, group]), group))
-        assert got[row] == [0, 1, 2, *sorted(order[:count]), *range(200, 205)]
+        assert got[row] == [0, 1, 2, *best_of(votes[row], count, 3), *range(200, 205)]
+
+
+HARD = {
+    "equal": lambda: torch.full((300,), 0.25),
+    "zero": lambda: torch.zeros(300),
+    "infinite": lambda: torch.full((300,), math.inf),
+    "broken": lambda: torch.rand(300).index_fill(0, torch.tensor([7, 120, 250]), math.inf),
+    "two": lambda: torch.tensor([1.0, 1.0 + 2**-23]).repeat(150),
+    "near": lambda: 1.0 + torch.randint(0, 300, (300,)) * 2.0**-23,
+    "denormal": lambda: torch.randint(0, 300, (300,)) * 1e-44,
+    "tiny": lambda: torch.rand(300) * 1e-30,
+    "huge": lambda: torch.rand(300) * 1e30,
+    "wide": lambda: torch.exp(20 * torch.randn(300)),
+    "log-normal": lambda: torch.exp(2 * torch.randn(300)) / 1000,
+    "ascending": lambda: torch.arange(300.0),
+    "one": lambda: torch.zeros(300).index_fill(0, torch.tensor([299]), 1.0),
+}
+
+
+@pytest.mark.parametrize("votes", list(HARD))
+@pytest.mark.parametrize("count", [9, 150, 300])
+def test_no_votes_are_too_hard(place, way, votes, count):
+    given = HARD[votes]()
+    assert choose(place, given[None], count) == [best_of(given, count)]
+
+
+def test_names_are_listed_of_candidates(place, way):
+    from hga_compile.kernels.triton_select import Votes, select_groups
+
+    votes = torch.rand(2, 200)
+    votes[:, 150:] = -1.0
+    names = 1000 + 3 * torch.arange(200, dtype=torch.int32).repeat(2, 1)
+    table = torch.tensor([[0, 2, 5000, 40, 5003, 0]], dtype=torch.int32, device=place)
+    got = select_groups(Votes(votes.to(place)), table, 45, 2, names.to(place)).tolist()
+    for row in range(2):
+        chosen = [1000 + 3 * group for group in best_of(votes[row], 40)]
+        assert got[row] == [0, 1, *chosen, 5000, 5001, 5002]
+
+
+@pytest.mark.parametrize("count", [1, 20, 150])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 2.0, 8.0])
+def test_votes_are_counted_by_size(place, count, spread):
+    """Fewer than are chosen lie in bins above that of the least, enough in it and above."""
+    from hga_compile.kernels.triton_bins import BINS
+    from hga_compile.kernels.triton_score import Masses
+    from hga_compile.kernels.triton_select import votes_of
+
+    masses = Masses(2, 8, 150, 32, place)
+    masses.mass.copy_(torch.exp(spread * torch.randn(2, 150, 8)))
+    parts = torch.nn.functional.pad(masses.mass, (0, 0, 0, 10)).unflatten(1, (5, 32)).sum(2)
+    masses.sums[:, 0], masses.sums[:, 1] = 0.0, parts
+    masses.bins.zero_()
+    table = torch.tensor([[0, 0, 150, count, 150, 0]], dtype=torch.int32, device=place)
+    votes = votes_of(masses, table, 5, False, 2)
+    assert votes.bins.shape == (2, BINS) and votes.bins.sum(1).tolist() == [150, 150]
+    want = masses.mass[..., :5] / masses.mass.sum(1, keepdim=True)[..., :5]
+    torch.testing.assert_close(votes.votes, want.sum(-1))
+    for row in range(2):
+        order = votes.votes[row].sort(descending=True).values
+        reached = votes.bins[row].cumsum(0).tolist()
+        edge = sum(number < count for number in reached)
+        above = reached[edge - 1] if edge else 0
+        assert above < count <= reached[edge]
+        if 0 < edge < BINS - 1:
+            assert float(order[reached[edge] - 1]) > float(order[above]) * 0.88
+        if above > 0:
+            assert float(order[above - 1]) > float(order[above])
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, math.inf, 1e-38])
@@ -235,6 +330,31 @@ def test_codes_are_those_of_the_reference(place, bits, dim):
     torch.testing.assert_close(scales[:, 11:48], want_scales, rtol=0.02, atol=1e-3)
     assert bool((codes[:, :, :11] == 7).all()) and bool((codes[:, :, 48:] == 7).all())
     assert bool((scales[:, :11] == 7).all()) and bool((scales[:, 48:] == 7).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("bits", "dim"), [(1, 64), (2, 20), (2, 128), (4, 80), (8, 64)])
+def test_codes_of_many_keys_of_16_bits(place, bits, dim, dtype):
+    new = 333 if CUDA else 101
+    keys = (torch.randn(2, new, dim, device=place) + 3 * torch.randn(2, 1, dim, device=place)).to(dtype)
+    keys[0, 5] = 0.0
+    keys[1, 6, 2] = 6e4
+    keys[0, 70, 1] = math.inf
+    centre = keys[:, 7:30].float().mean(1)
+    want, want_scales = encode_keys((keys.float() - centre[:, None]) @ rotation(dim, place), bits)
+    codes = torch.full((2, new + 20, want.shape[1]), 7, dtype=torch.uint8, device=place).transpose(1, 2)
+    scales = torch.full((2, new + 20), 7.0, dtype=torch.float16, device=place)
+    # Rows as a model's are: the other heads' lie between.
+    apart = keys.transpose(0, 1).contiguous().transpose(0, 1)
+    gpu.encode(apart, centre, codes, scales, 11, bits, _STEP[bits])
+    finite = torch.isfinite(want_scales)
+    assert torch.equal(torch.isfinite(scales[:, 11 : 11 + new]), finite) and not bool(finite[0, 70])
+    # A value on the border of two levels may be rounded either way.
+    wrong = (codes[:, :, 11 : 11 + new] != want).float().mean(1)
+    assert float(wrong[finite].mean()) < 0.01
+    torch.testing.assert_close(scales[:, 11 : 11 + new][finite], want_scales[finite], rtol=0.02, atol=1e-3)
+    assert bool((codes[:, :, :11] == 7).all()) and bool((codes[:, :, 11 + new :] == 7).all())
+    assert bool((scales[:, :11] == 7).all()) and bool((scales[:, 11 + new :] == 7).all())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -9,9 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hga_compile.configs.budget import Budget
+from hga_compile.configs.profile import Offload
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import gpu
 from hga_compile.kernels.plan import plan_queries
+from hga_compile.kernels.site import SiteConfig
+from hga_compile.store import LayerStore
 
 
 def check(
@@ -84,6 +87,28 @@ def test_any_shape(place, rows, heads, tokens):
     check(place, rows=rows, heads=heads, tokens=tokens)
 
 
+@pytest.mark.parametrize(("tail", "pads"), [("drop", [0, 90]), ("estimate", None)])
+def test_pages_that_are_fetched_give_the_same_bits(place, tail, pads):
+    tokens, outs = 300, {}
+    query, key, value = (torch.randn(2, heads, tokens, 32, device=place) for heads in (4, 2, 2))
+    mask = (
+        None if pads is None else torch.arange(tokens, device=place) >= torch.tensor(pads).to(place)[:, None]
+    )
+    for tier in ("gpu", "host", "nvme"):
+        # A place for four pages in RAM: most are read from the file.
+        where = Offload(tier=tier, nvme_cache=2**17)
+        routing = Routing(budget=Budget(tokens=40), dense_below=0, centre_tokens=8, chunk_size=16, tail=tail)
+        site, store = SiteConfig(0, tier, routing, "triton", where), LayerStore(tier, where)
+        store.put(key[:, :, :298], value[:, :, :298], 298, "triton")
+        outs[tier] = [
+            store.attend(*(part[:, :, at : at + 1] for part in (query, key, value)), at + 1, mask, 0.3, site)
+            for at in range(298, tokens)
+        ]
+    assert store.pages.traffic.reads > 0
+    for one, *others in zip(*outs.values(), strict=True):
+        assert bool(one.isfinite().all()) and all(torch.equal(one, other) for other in others)
+
+
 @pytest.mark.gpu
 @large
 @pytest.mark.parametrize("home", [None, "cpu"])
@@ -95,4 +120,4 @@ def test_many_tokens(place, home):
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_a_small_set_in_the_interpreter():
-    interpret(__file__, "bits or padding or shape")
+    interpret(__file__, "bits or padding or shape or fetched")

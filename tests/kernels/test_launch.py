@@ -56,27 +56,29 @@ def test_a_class_holds_sizes_up_to_a_power_of_two(size, log):
 
 
 def test_without_a_table_the_defaults_hold():
-    assert launch_parameters(Score, CUDA, SHAPE) == Score(256, 4)
-    assert launch_parameters(Score, CUDA, shape_of(2**18, 4, 8, 128)) == Score(512, 8)
-    assert launch_parameters(Score, CUDA, shape_of(2**18 + 1, 4, 8, 128)) == Score(1024, 8)
-    assert launch_parameters(Score, CUDA, shape_of(2**20, 4, 64, 128)) == Score(256, 4)
-    assert launch_parameters(Vote, CUDA, shape_of(9, 4, 8)) == Vote(512, 4)
-    assert launch_parameters(Vote, CUDA, shape_of(9, 4, 64)) == Vote(64, 4)
-    assert launch_parameters(Select, CUDA, shape_of(9, 4)) == Select(1024, 2048, 16384, 8)
-    assert launch_parameters(Attend, CUDA, SHAPE) == Attend(64, 264, 4)
+    assert launch_parameters(Score, CUDA, SHAPE) == Score()
+    assert launch_parameters(Score, CUDA, shape_of(2**18, 4, 8, 32)) == Score(128, 2112, 1)
+    assert launch_parameters(Score, CUDA, shape_of(2**16, 32, 8, 32)) == Score(128, 2112, 1)
+    assert launch_parameters(Vote, CUDA, shape_of(9, 4, 8)) == Vote(256, 528, 4)
+    assert launch_parameters(Vote, CUDA, shape_of(9, 4, 64)) == Vote(64, 528, 4)
+    assert launch_parameters(Select, CUDA, shape_of(9, 4)) == Select(2**10, 512, 2**11, 4)
+    assert launch_parameters(Select, CUDA, shape_of(2**18, 4)) == Select(2**10, 2**11, 2**13, 8)
+    assert launch_parameters(Select, CUDA, shape_of(2**14, 4096)) == Select(2**14, 512, 2**11, 16)
+    assert launch_parameters(Attend, CUDA, shape_of(2048, 4, 8, 128)) == Attend(32, 528, 4)
+    assert launch_parameters(Attend, CUDA, shape_of(2048, 64, 8, 128)) == Attend(64, 528, 4)
     assert launch_parameters(Turn, CUDA, SHAPE) == Turn(32, 4)
     for new, dim, tokens in ((16, 128, 16), (17, 128, 64), (4096, 256, 32), (4096, 20, 64)):
         assert launch_parameters(Encode, CUDA, shape_of(new, 4, 0, dim)).tokens == tokens
 
 
 def test_a_table_comes_back_and_is_used_for_its_shapes_alone():
-    table = {"score": {SHAPE.text(): Score(1024, 8)}, "turn": {SHAPE.text(): Turn(16, 2)}}
+    table = {"score": {SHAPE.text(): Score(256, 528, 2)}, "turn": {SHAPE.text(): Turn(16, 2)}}
     save_table(table_path(GPU), GPU, table)
     assert load_table(table_path(GPU), GPU) == table
-    assert launch_parameters(Score, CUDA, SHAPE) == Score(1024, 8)
-    assert launch_parameters(Score, CUDA, shape_of(65537, 4, 8, 128)) == Score(512, 8)
-    assert launch_parameters(Attend, CUDA, SHAPE) == Attend()
-    assert launch_parameters(Score, CPU, SHAPE) == Score(256, 4), "the interpreter goes by the defaults"
+    assert launch_parameters(Score, CUDA, SHAPE) == Score(256, 528, 2)
+    assert launch_parameters(Score, CUDA, shape_of(65537, 4, 8, 128)) == Score(64, 2112)
+    assert launch_parameters(Attend, CUDA, SHAPE) == Attend(64)
+    assert launch_parameters(Score, CPU, SHAPE) == Score(), "the interpreter goes by the defaults"
 
 
 def test_a_new_table_is_used_at_once():
@@ -104,7 +106,7 @@ def test_candidates_and_defaults_may_all_stand_in_a_table(kernel):
 
 
 def document() -> dict:
-    save_table(table_path(GPU), GPU, {"score": {SHAPE.text(): Score(1024, 8)}})
+    save_table(table_path(GPU), GPU, {"score": {SHAPE.text(): Score(256, 528, 2)}})
     return json.loads(table_path(GPU).read_text())
 
 
@@ -117,12 +119,24 @@ def document() -> dict:
         ({"more": 1}, "expected schema, device, triton and kernels"),
         ({"kernels": []}, "kernels must be a mapping"),
         ({"kernels": {"shiny": {}}}, "expected kernels score"),
-        ({"kernels": {"score": {"x": {"tokens": 300, "warps": 4}}}}, "score.tokens must be one of"),
-        ({"kernels": {"score": {"x": {"tokens": True, "warps": 4}}}}, "score.tokens must be one of"),
-        ({"kernels": {"score": {"x": {"tokens": 2**70, "warps": 4}}}}, "score.tokens must be one of"),
-        ({"kernels": {"score": {"x": {"tokens": [256], "warps": 4}}}}, "score.tokens must be one of"),
-        ({"kernels": {"score": {"x": {"tokens": 256}}}}, "score must have tokens, warps"),
-        ({"kernels": {"score": {"x": 3}}}, "score must have tokens, warps"),
+        (
+            {"kernels": {"score": {"x": {"tokens": 300, "programs": 528, "warps": 4}}}},
+            "score.tokens must be one of",
+        ),
+        (
+            {"kernels": {"score": {"x": {"tokens": True, "programs": 528, "warps": 4}}}},
+            "score.tokens must be one of",
+        ),
+        (
+            {"kernels": {"score": {"x": {"tokens": 2**70, "programs": 528, "warps": 4}}}},
+            "score.tokens must be one of",
+        ),
+        (
+            {"kernels": {"score": {"x": {"tokens": [256], "programs": 528, "warps": 4}}}},
+            "score.tokens must be one of",
+        ),
+        ({"kernels": {"score": {"x": {"tokens": 256}}}}, "score must have tokens, programs, warps"),
+        ({"kernels": {"score": {"x": 3}}}, "score must have tokens, programs, warps"),
     ],
 )
 def test_a_foreign_table_is_ignored_with_one_warning(change, said, caplog):
@@ -131,7 +145,7 @@ def test_a_foreign_table_is_ignored_with_one_warning(change, said, caplog):
     with caplog.at_level(logging.WARNING):
         for size in (1, 65536, 100000):
             launch_parameters(Turn, CUDA, shape_of(size, 4, 8, 128))
-        assert launch_parameters(Score, CUDA, SHAPE) == Score(256, 4)
+        assert launch_parameters(Score, CUDA, SHAPE) == Score()
     (record,) = caplog.records
     assert said in record.getMessage() and "hga tune-kernels" in record.getMessage()
 
@@ -141,7 +155,7 @@ def test_a_corrupt_file_is_ignored_with_one_warning(text, caplog):
     document()
     table_path(GPU).write_bytes(text)
     forget()
-    assert launch_parameters(Score, CUDA, SHAPE) == launch_parameters(Score, CUDA, SHAPE) == Score(256, 4)
+    assert launch_parameters(Score, CUDA, SHAPE) == launch_parameters(Score, CUDA, SHAPE) == Score()
     assert len(caplog.records) == 1
 
 
@@ -174,5 +188,5 @@ def test_a_write_that_fails_leaves_the_old_table(monkeypatch):
 def test_parameters_on_trial_hold_for_their_kernel_until_the_end():
     with trying(Turn(16, 2)):
         assert launch_parameters(Turn, CUDA, SHAPE) == Turn(16, 2)
-        assert launch_parameters(Score, CUDA, SHAPE) == Score(256, 4)
+        assert launch_parameters(Score, CUDA, SHAPE) == Score()
     assert launch_parameters(Turn, CUDA, SHAPE) == Turn()

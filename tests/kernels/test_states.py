@@ -91,3 +91,20 @@ def test_threads_open_and_close_at_once() -> None:
     for thread in threads:
         thread.join()
     assert errors == [] and open_states.count() == 0
+
+
+def test_who_watches_sees_what_its_thread_opens_and_no_more() -> None:
+    open_states = states()
+    before = open_states.open()
+    with open_states.watch() as outer:
+        first = open_states.open()
+        with pytest.raises(ZeroDivisionError), open_states.watch() as inner:
+            second = open_states.open()
+            thread = threading.Thread(target=open_states.open)
+            thread.start()
+            thread.join()
+            1 / 0  # noqa: B018 - what raises is not the watch
+    after = open_states.open()
+    assert [int(handle) for handle in inner] == [int(second)]
+    assert [int(handle) for handle in outer] == [int(first), int(second)]
+    assert int(before) < int(first) < int(second) < int(after)

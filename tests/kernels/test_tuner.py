@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hga_compile.kernels import launch
 from hga_compile.kernels.launch import Encode, Launch, Turn, launch_parameters, shape_of
-from hga_compile.kernels.tuner import Task, Workload, tasks_of, tune
+from hga_compile.kernels.tuner import Task, Workload, compile_all, tasks_of, tune
 
 CPU, SHAPE = torch.device("cpu"), shape_of(1, 4, 8, 128)
 interpreted = pytest.mark.skipif(
@@ -42,6 +42,17 @@ def test_the_fastest_candidate_is_the_best():
     assert (found.kernel, found.shape, found.tried, found.refused) == ("turn", SHAPE, 8, 0)
     assert sum(advanced) == len(Turn.candidates()) == 9
     assert now() == Turn(), "nothing stays on trial"
+
+
+def test_all_candidates_are_compiled_at_once_whichever_of_them_fail():
+    seen = []
+
+    def check() -> tuple[Tensor, Tensor]:
+        seen.append(now())
+        raise RuntimeError("no such instruction")
+
+    compile_all(task(check), 4)
+    assert sorted(map(str, seen)) == sorted(map(str, Turn.candidates()))
 
 
 def test_what_is_faster_by_noise_alone_leaves_the_defaults():

@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hga_compile.configs.budget import Budget, Window
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.site import SiteConfig
-from hga_compile.store import LayerStore
+from hga_compile.store import Held, LayerStore
 
 SCALE = 0.3
 TOKENS = 90
@@ -55,7 +55,7 @@ def sliding(parts: tuple[Tensor, ...], window: int, mask: Tensor | None = None) 
 # --- put, full, truncate ---
 
 
-@pytest.mark.parametrize("tier", [None, "gpu", "host"])
+@pytest.mark.parametrize("tier", [None, "gpu", "host", "nvme"])
 @pytest.mark.parametrize("steps", [[90], [1] * 90, [64, 1, 25], [63, 2, 25]])
 def test_gives_back_what_was_put(steps: list[int], tier: str | None, device: torch.device) -> None:
     _, key, value = rows(device=device)
@@ -118,7 +118,14 @@ def test_going_back_and_on_is_as_if_never_been_further(length: int, tail: str, d
 def test_a_site_finds_what_was_put_before_in_any_page_size_and_tier(device: torch.device) -> None:
     parts = rows(device=device)
     want = attend(LayerStore(), parts, 0, TOKENS, site())[:, :, 60:]
-    for before, tier in ((None, "host"), ("host", "gpu"), ("gpu", "host")):
+    for before, tier in (
+        (None, "host"),
+        ("host", "gpu"),
+        ("gpu", "host"),
+        ("host", "nvme"),
+        ("nvme", "host"),
+        (None, "nvme"),
+    ):
         store = LayerStore(before)
         store.put(*cut(parts[1:], 0, 60), 60)
         got = attend(store, parts, 60, TOKENS, site(tier))
@@ -190,12 +197,14 @@ def test_a_clone_goes_on_as_the_original_would(at: int, tail: str, device: torch
 
 def test_two_stores_never_meet(device: torch.device) -> None:
     first, second = rows(device=device), rows(device=device, seed=1)
-    want = [attend(LayerStore(), parts, 0, TOKENS, site()) for parts in (first, second)]
+    # Tiles of queries that share what they are routed to begin where a step does.
+    where = site(prefill_tile=1)
+    want = [attend(LayerStore(), parts, 0, TOKENS, where) for parts in (first, second)]
     one, two = LayerStore(), LayerStore()
     got: list[list[Tensor]] = [[], []]
     for begin, end in ((0, 50), (50, 70), (70, 71), (71, 90)):
-        got[0].append(attend(one, first, begin, end, site()))
-        got[1].append(attend(two, second, begin, end, site()))
+        got[0].append(attend(one, first, begin, end, where))
+        got[1].append(attend(two, second, begin, end, where))
     for mine, expected in zip(got, want, strict=True):
         torch.testing.assert_close(torch.cat(mine, 2), expected, rtol=0, atol=1e-6)
 
@@ -205,16 +214,16 @@ def test_two_stores_never_meet(device: torch.device) -> None:
 
 def test_accounts_for_its_memory(device: torch.device) -> None:
     store = LayerStore()
-    assert store.nbytes() == (0, 0, 0)
+    assert store.nbytes() == Held()
     parts = rows(device=device)
     attend(store, parts, 0, 20, site())
-    accelerator, index, host = store.nbytes()
+    accelerator, index, host, _ = store.nbytes()
     assert accelerator == 0 and index == 0
     assert host >= 2 * 2 * 20 * (8 + 6) * 4
     attend(store, parts, 20, TOKENS, site())
-    accelerator, index, host = store.nbytes()
+    accelerator, index, host, _ = store.nbytes()
     assert accelerator == 0 and index > 0
-    assert host == store.pages.nbytes() >= 2 * 2 * TOKENS * (8 + 6) * 4
+    assert host == store.pages.held().host >= 2 * 2 * TOKENS * (8 + 6) * 4
     assert index == store.index.nbytes()
     if device.type == "cuda":
         attend(store, parts, 80, TOKENS, site("gpu"))
@@ -256,10 +265,10 @@ def test_a_window_keeps_what_it_needs_and_no_more() -> None:
     parts, store = rows(), LayerStore()
     size = 2 * 2 * (8 + 6) * 4
     store.attend_window(*cut(parts, 0, 60), 60, None, SCALE, 20)
-    assert store.nbytes() == ((19 + 16) * size, 0, 0)
+    assert store.nbytes() == Held(accelerator=(19 + 16) * size)
     for end in range(61, 91):
         store.attend_window(*cut(parts, end - 1, end), end, None, SCALE, 20)
-        assert store.nbytes() == (20 * size, 0, 0)
+        assert store.nbytes() == Held(accelerator=20 * size)
     assert torch.equal(store.recent.key, parts[1][:, :, 70:])
     # It is memory of its own: neither a view of the operands nor of a longer run.
     assert store.recent.key.untyped_storage().nbytes() == 2 * 2 * 20 * 8 * 4

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hga_compile.store import Pages
+from hga_compile.configs.profile import Offload
+from hga_compile.store import Held, Pages, tiers
 
 ROWS, DIM, V_DIM = 3, 5, 7
 
@@ -90,11 +91,11 @@ def test_growing_keeps_what_is_stored(steps: list[int], device: torch.device, ho
 
 def test_reserving_says_how_much_is_allocated(device: torch.device) -> None:
     pages = pages_of(4, device, dtype=torch.bfloat16)
-    assert pages.nbytes() == 0
+    assert pages.held() == Held()
     pages.reserve(1000)
-    assert pages.nbytes() == 250 * ROWS * 4 * (DIM + V_DIM) * 2
+    assert sum(pages.held()) == 250 * ROWS * 4 * (DIM + V_DIM) * 2
     pages.reserve(900)
-    assert pages.nbytes() == 250 * ROWS * 4 * (DIM + V_DIM) * 2
+    assert sum(pages.held()) == 250 * ROWS * 4 * (DIM + V_DIM) * 2
     pages.reserve(1001)
     assert 251 <= pages.buffer.shape[0] <= 250 * 1.25 + 65
 
@@ -163,13 +164,13 @@ def test_moves_to_another_group_size(old: int, new: int, device: torch.device, h
     key, value = rows(37, device)
     pages = pages_of(old, device)
     pages.write(key, value, 0)
-    moved = pages.moved(new, torch.device(home) if home else device, 33)
+    moved = tiers.moved(pages, "host" if home else "gpu", new, 33, Offload())
     assert moved.group_size == new
     got_key, got_value = moved.read(0, 33)
     assert torch.equal(got_key, key[:, :33]) and torch.equal(got_value, value[:, :33])
     moved.write(0 * key, 0 * value, 0)
     assert torch.equal(pages.read(0, 37)[0], key)
-    assert pages.moved(new, device, 0).nbytes() == 0
+    assert tiers.moved(pages, "gpu", new, 0, Offload()).held() == Held()
 
 
 def test_a_clone_is_independent(device: torch.device, home: str | None) -> None:

@@ -1,0 +1,92 @@
+"""What every tier is to the layer that keeps its K/V there: three homes, one interface."""
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hga_compile.configs.profile import Kernels
+from hga_compile.kernels.hot import HotCache
+
+__all__ = ["Held", "Home", "Tier"]
+
+Home = Literal["gpu", "host", "nvme"]
+
+
+class Held(NamedTuple):
+    """Bytes that a tier or a layer holds, by place."""
+
+    accelerator: int = 0
+    """K/V on the compute device."""
+    summaries: int = 0
+    """The index."""
+    host: int = 0
+    """K/V in host RAM."""
+    nvme: int = 0
+    """K/V on files."""
+
+
+class Tier(Protocol):
+    """Token K/V of one layer in groups; a row is one KV head of one sequence.
+
+    The same groups give the same bits from every tier. A call that raises leaves what was stored before it.
+    """
+
+    rows: int
+    """KV heads times batch."""
+    dim: int
+    """Channels of a key."""
+    v_dim: int
+    """Channels of a value."""
+    group_size: int
+    """Tokens of a group."""
+    dtype: torch.dtype
+    compute: torch.device
+    """Where K/V come from and go to."""
+    kernels: Kernels
+    """What moves rows."""
+
+    def use(self, kernels: Kernels) -> None:
+        """Move rows by what a profile asks for (`compile.kernels`)."""
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens; StoreFullError if there is none."""
+
+    def write(self, key: Tensor, value: Tensor, begin: int) -> None:
+        """Store ``[rows, n, dim]`` keys and values as tokens ``begin, begin + 1, ...``, the last ones."""
+
+    def truncate(self, length: int) -> None:
+        """Give up tokens from number `length` on."""
+
+    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device."""
+
+    def fetch(self, groups: Tensor) -> Tensor:
+        """Return copies of the ``[rows, n]`` groups: pages ``[n, rows, page]`` on the compute device."""
+
+    def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        """Return keys ``[rows, n * group_size, dim]`` and values of the ``[rows, n]`` groups."""
+
+    @property
+    def host_pages(self) -> Tensor | None:
+        """Pages ``[groups, rows, page]`` that kernels for the CPU can read in place; None without."""
+
+    @property
+    def gpu_pages(self) -> Tensor | None:
+        """Pages ``[groups, rows, page]`` that kernels for the GPU can read in place; None without."""
+
+    @property
+    def hot(self) -> HotCache | None:
+        """Slots on the GPU for pages in pinned host memory (`offload.hot_cache`); None without."""
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the rows by `rows` (int64 indices)."""
+
+    def clone(self) -> "Tier":
+        """Return an independent copy."""
+
+    def held(self) -> Held:
+        """Return the bytes allocated, by place."""
+
+    def close(self) -> None:
+        """Give everything up; nothing may be asked afterwards."""

@@ -1,0 +1,109 @@
+"""Hot cache: pages of recently routed groups in slots on the GPU, so that only misses cross PCIe.
+
+Lookup, choice of what gives way, and fetching all run on the GPU, without a wait; attention reads hits from
+their slots and misses from pinned host memory, and puts these into slots as it goes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["HotCache"]
+
+
+class HotCache:
+    """Slots of one layer.
+
+    Parameters
+    ----------
+    rows, page : int
+        KV heads times batch; values of a page.
+    share : float
+        Of the groups that a row keeps in slots, above 0 and at most 1.
+    dtype : torch.dtype
+        Of the K/V.
+    device : torch.device
+        The GPU.
+    """
+
+    def __init__(self, rows: int, page: int, share: float, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.page, self.share = rows, page, share
+        self.dtype, self.device = dtype, device
+        self._kept = 0
+        """Groups that may be in slots: those from here on are in none."""
+        self._make(0, torch.zeros(rows, dtype=torch.int32, device=device))
+        self.table = torch.full((rows, 0), -1, dtype=torch.int32, device=device)
+        """``[rows, groups]`` int32: a group's slot, -1 without."""
+
+    def place(self, chosen: Tensor, spans: Tensor, length: int, group_size: int, rows_of_span: int) -> Tensor:
+        """Give listed groups slots (see `triton_hot.place_groups`).
+
+        Parameters
+        ----------
+        chosen, spans : Tensor
+            As `triton_hot.place_groups` takes them.
+        length, group_size : int
+            Tokens stored; tokens of a group.
+        rows_of_span : int
+            Rows that a line of `spans` is for.
+
+        Returns
+        -------
+        Tensor
+            ``[rows, width]`` int32: a slot of the row, or less than 0.
+        """
+        from hga_compile.kernels.triton_hot import place_groups
+
+        groups = -(-length // group_size)
+        wanted = max(1, int(groups * self.share))
+        # A larger pool begins empty: it grows as seldom as memory that doubles.
+        if wanted > self.slots:
+            self._make(max(wanted, self.slots + self.slots // 4), self.clock[:, 3])
+            self.table.fill_(-1)
+        if groups > self.table.shape[1]:
+            table = torch.full(
+                (self.rows, groups + groups // 4 + 64), -1, dtype=torch.int32, device=self.device
+            )
+            table[:, : self.table.shape[1]] = self.table
+            self.table = table
+        complete = length // group_size
+        self._kept = max(self._kept, complete)
+        return place_groups(
+            chosen, spans, self.table, self.owners, self.used, self.clock, complete, rows_of_span
+        )
+
+    def forget(self, group: int, poison: bool = False) -> None:
+        """Give up groups from number `group` on: their tokens are about to change.
+
+        With `poison`, all that is kept is given up and overwritten with NaN.
+        """
+        if group < self._kept:
+            if poison:
+                self.pool.fill_(torch.nan)
+            self.table[:, 0 if poison else group :] = -1
+            self._kept = group
+
+    def misses(self) -> int:
+        """Return how many groups were fetched so far; waits for the GPU."""
+        return int(self.clock[:, 3].sum())
+
+    def nbytes(self) -> int:
+        """Return the bytes allocated."""
+        parts = (self.pool, self.table, self.owners, self.used, self.clock)
+        return sum(part.nbytes for part in parts)
+
+    def _make(self, slots: int, misses: Tensor) -> None:
+        self.slots = slots
+        """Of one row."""
+        kind: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
+        self.pool = torch.empty(self.rows, slots, self.page, dtype=self.dtype, device=self.device)
+        """``[rows, slots, page]``."""
+        self.owners = torch.full((self.rows, slots), -1, **kind)
+        """``[rows, slots]`` int32: the group in a slot, -1 without."""
+        self.used = torch.full((self.rows, slots), -1, **kind)
+        """``[rows, slots]`` int32: when its group was listed last."""
+        clock = torch.zeros(self.rows, 4, **kind)
+        clock[:, 3] = misses
+        self.clock = clock
+        """``[rows, 4]`` int32: now, the hand, when it came by slot 0, misses so far."""
