@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,12 +10,8 @@ __all__ = ["PREFERENCES", "Preference", "choose", "front"]
 Preference = Literal["quality", "balanced", "speed"]
 PREFERENCES: tuple[Preference, ...] = ("quality", "balanced", "speed")
 Point = tuple[float, ...]
-# Most of the default's quality and latency that a choice may have.
-_MOST: dict[Preference, tuple[float, float]] = {
-    "quality": (math.inf, math.inf),
-    "balanced": (1.25, 1.25),
-    "speed": (1.05, math.inf),
-}
+# Slower than the default's decode step by at most this: `balanced`.
+_SLOWER = 1.1
 
 
 def front(points: Sequence[Point]) -> list[int]:
@@ -34,16 +29,19 @@ def front(points: Sequence[Point]) -> list[int]:
 def choose(points: Sequence[Point], prefer: Preference, baseline: Point | None = None) -> int:
     """Return the number of the point to take.
 
+    `quality` is the least KL; `balanced` the least KL of those at most 10% slower than the default setting;
+    `speed` the fastest whose KL is not above the default setting's.
+
     Parameters
     ----------
     points : sequence of tuple of float
-        Feasible ones: quality first, then latency; less is better.
+        Feasible ones: KL first, then milliseconds a token; less is better. Where these are equal, later ones
+        count.
     prefer : {"quality", "balanced", "speed"}
-        `quality` and `speed` take the best in the one, `balanced` the point with the least product of both,
-        which is the one where a percent of the one costs a percent of the other.
+        The rule.
     baseline : tuple of float or None
-        The default setting's point. `speed` takes no worse one (5% count as nothing) and `balanced` one that
-        is at most a quarter slower and a quarter worse, where there are such.
+        The default setting's point. Where it was not measured, or no point keeps to its bound, which needs a
+        default setting that is not feasible itself, all rules are that of `quality`.
 
     Raises
     ------
@@ -52,22 +50,12 @@ def choose(points: Sequence[Point], prefer: Preference, baseline: Point | None =
     """
     if not points:
         raise ValueError("at least one feasible point is wanted, got none")
-    candidates = front(points)
-    if baseline is not None:
-        most = _MOST[prefer]
-        near = [
-            number
-            for number in candidates
-            if all(
-                got <= limit * had for got, limit, had in zip(points[number], most, baseline, strict=False)
-            )
-        ]
-        candidates = near or candidates
-
-    def rank(number: int) -> tuple[float, float]:
-        quality, time = points[number][:2]
-        if prefer == "balanced":
-            return max(quality, 1e-9) * time, quality
-        return (quality, time) if prefer == "quality" else (time, quality)
-
-    return min(candidates, key=rank)
+    numbers = range(len(points))
+    if baseline is not None and prefer == "balanced":
+        kept = [number for number in numbers if points[number][1] <= _SLOWER * baseline[1]]
+        return min(kept or numbers, key=lambda number: points[number])
+    if baseline is not None and prefer == "speed":
+        kept = [number for number in numbers if points[number][0] <= baseline[0]]
+        if kept:
+            return min(kept, key=lambda number: (points[number][1], points[number][0], points[number][2:]))
+    return min(numbers, key=lambda number: points[number])

@@ -8,11 +8,12 @@ from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
 from hga_compile.tuning.fit import TIERS, longest_context, with_tier
 from hga_compile.tuning.memory import MemoryPlan, Place, plan_memory
-from hga_compile.tuning.space import served
 
 __all__ = ["Cell", "Infeasible", "contexts", "possible_tiers", "table"]
 
 GIB = 2**30
+SEARCHED = ("gpu", "host")
+"""Tiers whose decode steps are measured or modelled."""
 NAMES: dict[Place, str] = {"gpu": "GPU memory", "host": "host RAM", "nvme": "the drive"}
 
 
@@ -30,8 +31,8 @@ class Cell:
     gpu_bytes: int
     host_bytes: int
     longest: int
-    served: bool
-    """Whether this version runs it."""
+    searched: bool
+    """Whether `hga-tune` can tell its time: there is no model of the tier nvme."""
 
 
 def contexts(context: int) -> list[int]:
@@ -48,7 +49,7 @@ def table(card: ModelCard, gpu: GpuCard, base: Profile, context: int) -> list[Ce
         for tokens in contexts(context):
             plan = plan_memory(card, gpu, profile, tokens)
             used = (plan.used("gpu"), plan.used("host"))
-            found.append(Cell(tier, tokens, plan.fits, *used, longest, served(profile)))
+            found.append(Cell(tier, tokens, plan.fits, *used, longest, tier in SEARCHED))
     return found
 
 
@@ -62,7 +63,7 @@ def possible_tiers(
     card, gpu, base, context, batch
         What is tuned for.
     wanted
-        Tiers to look at, all of them served.
+        Tiers to look at.
 
     Raises
     ------

@@ -28,8 +28,9 @@ class Remedy:
 
 
 def with_tier(profile: Profile, tier: Place) -> Profile:
-    """Return the profile with its token K/V elsewhere."""
-    return profile.model_copy(update={"offload": profile.offload.model_copy(update={"tier": tier})})
+    """Return the profile with its token K/V elsewhere; only in host RAM it keeps a hot cache."""
+    update = {"tier": tier} if tier == "host" else {"tier": tier, "hot_cache": None}
+    return profile.model_copy(update={"offload": profile.offload.model_copy(update=update)})
 
 
 def longest_context(

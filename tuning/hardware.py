@@ -12,7 +12,6 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from itertools import pairwise
 from typing import Any
 
 from hga_compile.configs.cards import GpuCard, ModelCard
@@ -100,8 +99,6 @@ def step_terms(step: Step, gpu: GpuCard) -> Terms:
         # Every code is unpacked to a number once, whatever its bits.
         "unpack": step.rows * vectors * step.dim / (gpu.cores.value * gpu.clock.value * _LANES) * 1e6,
         "memory": (moved + on_gpu) * share,
-        # Every program that votes reads the partial sums of all blocks of its row.
-        "sums": vectors / 512 * scored / 512 * max(8, step.heads) * 8.0 * share,
         # What is read again in the next step and does not stay in the cache.
         "spill": max(0.0, moved + on_gpu - gpu.cache.value) * share,
         "host": 0.0 if step.tier == "gpu" else step.routed_bytes / gpu.host_bandwidth.value * 1e6,
@@ -151,9 +148,20 @@ def decode_ms(card: ModelCard, gpu: GpuCard, profile: Profile, context: int, bat
 
     Everything is taken to be replayed from CUDA graphs: what Python needs to launch kernels is left out.
     On a CPU the terms are those of a roofline alone.
+
+    Raises
+    ------
+    ValueError
+        The tier `nvme` or a hot cache: neither has been recorded.
     """
-    shape, routing = card.geometry, profile.routing
-    tier = "host" if profile.offload.tier in ("auto", "host", "nvme") and gpu.kind == "cuda" else "gpu"
+    shape, routing, offload = card.geometry, profile.routing, profile.offload
+    if offload.home == "nvme" or offload.hot_cache is not None:
+        raise ValueError(
+            f"the hardware model has neither the tier nvme nor a hot cache, got tier {offload.tier!r} and "
+            f"hot_cache {offload.hot_cache}, expected gpu, host or auto, and null (offload.tier, "
+            "offload.hot_cache)"
+        )
+    tier = "host" if offload.home == "host" and gpu.kind == "cuda" else "gpu"
     item = 2 if gpu.kind == "cuda" else 4
     total = 0.0
     for layer in full_layers(card):
@@ -164,7 +172,7 @@ def decode_ms(card: ModelCard, gpu: GpuCard, profile: Profile, context: int, bat
         own = routing.for_layer(layer, shape.layers)
         step = Step(context, rows, heads, shape.head_dim, own, tier, item)
         if gpu.kind == "cuda":
-            total += step_us(step, gpu) - _hidden(step, gpu, profile)
+            total += step_us(step, gpu)
             continue
         moved = step.index_bytes + step.routed_bytes
         total += moved / gpu.bandwidth.value * 1e6
@@ -217,35 +225,3 @@ def _dense_us(tokens: int, rows: int, dim: int, gpu: GpuCard, item: int) -> floa
     if gpu.kind == "cpu":
         return terms["memory"]
     return predict(terms, calibration()["kernels"]["dense"]["factors"])
-
-
-def _hidden(step: Step, gpu: GpuCard, profile: Profile) -> float:
-    """Microseconds that a hot cache saves: hits come from GPU memory."""
-    share = profile.offload.hot_cache
-    if not share or step.tier == "gpu":
-        return 0.0
-    factors: dict[str, float] = calibration()["kernels"]["step"]["factors"]
-    hits = hit_rate(share)
-    here = step.routed_bytes / gpu.bandwidth.value * 1e6 / float(calibration()["reached"]["memory"])
-    there = step.routed_bytes / gpu.host_bandwidth.value * 1e6 * factors["host"]
-    return hits * max(0.0, there - here)
-
-
-def hit_rate(share: float) -> float:
-    """Return the share of routed groups found in a cache of the last used ones.
-
-    Parameters
-    ----------
-    share : float
-        Of the tokens that the cache holds.
-
-    Notes
-    -----
-    Between points measured on SmolLM2-135M, 8,192 tokens, a budget of 3%, texts Emma and asyncio:
-    3%: 0.73, 5%: 0.85, 10%: 0.94, 20%: 0.97.
-    """
-    points = ((0.0, 0.0), (0.03, 0.73), (0.05, 0.85), (0.1, 0.94), (0.2, 0.97), (1.0, 1.0))
-    for (left, low), (right, high) in pairwise(points):
-        if share <= right:
-            return low + (high - low) * (share - left) / (right - left)
-    return 1.0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
-from hga_compile.configs.routing import Routing
+from hga_compile.tuning.sizes import arrivals, file_sizes, hot_bytes, index_bytes, page_bytes
 
-__all__ = ["MemoryPlan", "Part", "Place", "arrivals", "capacity", "index_bytes", "page_bytes", "plan_memory"]
+__all__ = ["MemoryPlan", "Part", "Place", "plan_memory"]
 
 Place = Literal["gpu", "host", "nvme"]
 
@@ -56,84 +55,6 @@ class MemoryPlan:
         return max(self.room, key=lambda place: self.used(place) / max(1, self.room[place]))
 
 
-def arrivals(context: int, step: int, decoded: int = 256) -> tuple[int, ...]:
-    """Return the tokens stored after each forward pass: a prompt in steps, and the last ones one by one.
-
-    Parameters
-    ----------
-    context : int
-        Tokens in the end.
-    step : int
-        Prompt tokens of a forward pass.
-    decoded : int
-        Tokens after the prompt; buffers that the prompt filled grow once more for them.
-    """
-    prompt = max(1, context - decoded)
-    return (*range(step, prompt, step), *range(prompt, context + 1))
-
-
-def capacity(entries: Iterable[int]) -> int:
-    """Return what a growing buffer has room for (see `kernels.summaries.grown` and `store.pages.Pages`).
-
-    Parameters
-    ----------
-    entries : iterable of int
-        Entries that it had to hold, one time after the other.
-    """
-    have = 0
-    for used in entries:
-        if used > have:
-            have = max(used, have + have // 4 + 64)
-    return have
-
-
-def page_bytes(tokens: Sequence[int], rows: int, row_bytes: int, group_size: int) -> int:
-    """Return the bytes of one layer's pages, slack included.
-
-    Parameters
-    ----------
-    tokens : sequence of int
-        Tokens stored after each forward pass.
-    rows : int
-        KV heads times batch.
-    row_bytes : int
-        One token's key and value of one row.
-    group_size : int
-        Tokens of a page.
-    """
-    return capacity(-(-count // group_size) for count in tokens) * group_size * rows * row_bytes
-
-
-def index_bytes(routing: Routing, tokens: Sequence[int], rows: int, heads: int, dim: int) -> int:
-    """Return the bytes of one layer's index, slack included.
-
-    Parameters
-    ----------
-    routing : Routing
-        Of the layer.
-    tokens : sequence of int
-        Tokens stored after each forward pass.
-    rows, heads, dim : int
-        KV heads times batch, query heads of one, channels.
-    """
-    tokens = _indexed(routing, tokens)
-    if not tokens:
-        return 0
-    group, chunk = routing.group_size, routing.chunk_size
-    if routing.summary == "lowbit":
-        packed = -(-dim * routing.bits // 8)
-        found = rows * (capacity(count - count % group for count in tokens) * (packed + 2) + dim * 4)
-    else:
-        found = rows * capacity(count // group for count in tokens) * dim * 2
-    chunks = [count // chunk for count in tokens if routing.uses_chunks(count)]
-    if chunks:
-        found += rows * capacity(count * routing.chunk_parts for count in chunks) * dim * 2
-    if routing.tail == "estimate":
-        expanded = capacity(count // chunk for count in tokens)
-        found += rows * heads * 4 * (expanded * (1 + 2 * dim) + dim)
-    return found
-
-
 def plan_memory(
     card: ModelCard,
     gpu: GpuCard,
@@ -159,19 +80,27 @@ def plan_memory(
     weight_bytes : int or None
         Of the checkpoint as it is loaded; None: as the catalogue says.
     """
-    shape, routing = card.geometry, profile.routing
+    shape, routing, offload = card.geometry, profile.routing, profile.offload
     place, item = _home(profile, gpu), 2 if gpu.kind == "cuda" else 4
     rows, row = batch * shape.kv_heads, 2 * shape.head_dim * item
     step = min(step, context)
     parts = [_weights(card, gpu, weight_bytes)]
-    pages = index = dense = 0
+    pages = index = dense = hot = tails = 0
+    slots: dict[int, int] = {}
     tokens = _arrivals(context, step)
     for layer in _full_layers(card):
         own = routing.for_layer(layer, shape.layers)
         if routing.is_dense(layer, shape.layers):
             dense += context * rows * row
             continue
-        pages += _page_bytes(tokens, rows, row, own.group_size)
+        if place == "nvme":
+            filed = _file_sizes(tokens, rows, row, own.group_size, offload)
+            pages, tails = pages + filed.file, tails + filed.tail
+            slots[filed.page] = slots.get(filed.page, 0) + filed.file // filed.page
+        else:
+            pages += _page_bytes(tokens, rows, row, own.group_size, offload.reserve_tokens or 0)
+        if offload.hot_cache and place == "host":
+            hot += _hot_bytes(offload.hot_cache, own, tokens, rows, row)
         index += _index_bytes(own, tokens, rows, shape.heads // shape.kv_heads, shape.head_dim)
     slides = shape.layers - shape.full_layers
     if slides:
@@ -186,10 +115,9 @@ def plan_memory(
     ]
     if dense:
         parts.append(Part("K/V of dense layers", "gpu", dense, f"{len(routing.dense_layers)} layers"))
-    share = profile.offload.hot_cache
-    if share and place != "gpu":
+    if hot:
         parts.append(
-            Part("hot cache", "gpu", round(share * context * token), f"{share:.1%} of the token K/V")
+            Part("hot cache", "gpu", hot, f"{offload.hot_cache:.1%} of the token K/V, tables included")
         )
     # Beside what stays there are either the products of an MLP or attention over one layer's history.
     history = 0 if place == "gpu" else 2 * context * rows * row
@@ -200,10 +128,18 @@ def plan_memory(
         parts.append(
             Part("staging", "gpu", staging, "one layer's history, twice, while a prefill step reads it")
         )
+    room = _room(gpu, profile, place)
     if place == "nvme":
-        # A layer's pages on their way; what else the RAM may cache is not needed.
+        # A layer's pages on their way, and its last block.
         parts.append(Part("buffers", "host", 2 * context * rows * row, "one layer's history, twice"))
-    return MemoryPlan(tuple(parts), _room(gpu, profile, place), place, context)
+        parts.append(Part("last blocks", "host", tails, "incomplete ones, of all layers"))
+        left = max(0, room["host"] - sum(part.bytes for part in parts if part.place == "host"))
+        # Each size of pages has a pool of its own; none is larger than what is on the files, or is left.
+        cache = sum(min(offload.nvme_cache // size, count) * size for size, count in slots.items())
+        parts.append(
+            Part("cache of pages", "host", min(cache, left), "offload.nvme_cache, at most what is left")
+        )
+    return MemoryPlan(tuple(parts), room, place, context)
 
 
 def _weights(card: ModelCard, gpu: GpuCard, size: int | None) -> Part:
@@ -219,10 +155,8 @@ def _weights(card: ModelCard, gpu: GpuCard, size: int | None) -> Part:
 
 
 def _home(profile: Profile, gpu: GpuCard) -> Place:
-    tier = profile.offload.tier
-    if gpu.kind == "cpu" and tier != "nvme":
-        return "gpu"  # one memory
-    return "host" if tier == "auto" else tier
+    home = profile.offload.home
+    return "gpu" if gpu.kind == "cpu" and home != "nvme" else home  # a CPU has one memory
 
 
 def _room(gpu: GpuCard, profile: Profile, place: Place) -> dict[Place, int]:
@@ -253,20 +187,9 @@ def _activations(card: ModelCard, tokens: int, item: int) -> tuple[int, int]:
     return mlp, attention
 
 
-def _indexed(routing: Routing, tokens: Sequence[int]) -> list[int]:
-    """Leave out the passes in which no query is routed: the index is made in the first one that routes."""
-    dense = max(routing.centre_tokens, routing.dense_below)
-    found, before = [], 0
-    for count in tokens:
-        alone = count - before == 1
-        routed = count > dense and routing.budget.tokens_for(count) < count
-        if routed and (alone or routing.prefill == "routed"):
-            found.append(count)
-        before = count
-    return found
-
-
 # All layers of a model ask for the same few.
 _arrivals = lru_cache(maxsize=64)(arrivals)
 _page_bytes = lru_cache(maxsize=256)(page_bytes)
 _index_bytes = lru_cache(maxsize=256)(index_bytes)
+_hot_bytes = lru_cache(maxsize=256)(hot_bytes)
+_file_sizes = lru_cache(maxsize=256)(file_sizes)

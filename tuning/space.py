@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hga_compile.configs.budget import Budget, Window
-from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.profile import Profile
 from hga_compile.configs.routing import LayerOverride, Routing
 
 if TYPE_CHECKING:
     from optuna import Trial
 
-__all__ = ["Params", "Space", "at_length", "served"]
+__all__ = ["Params", "Space", "at_length"]
 
 Params = dict[str, Any]
 
@@ -24,17 +23,6 @@ _WINDOWS = (0.04, 0.5)
 _SHORT = 8192
 # Shares of the mean budget that layers may get.
 _LEVELS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
-
-
-def served(profile: Profile) -> bool:
-    """Say whether this version of the backend takes the profile's offload settings."""
-    from hga_compile.backend import _check_offload
-
-    try:
-        _check_offload(profile)
-    except ProfileError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -47,8 +35,6 @@ class Space:
         The profile that everything not searched is taken from.
     tiers
         Homes of the token K/V to choose from.
-    hot_caches
-        Shares of the tokens to keep in GPU slots; 0: none.
     sensitivities
         Of each layer, for budgets by layer; None: all layers get the same.
     layers
@@ -57,7 +43,6 @@ class Space:
 
     base: Profile
     tiers: tuple[str, ...]
-    hot_caches: tuple[float, ...] = (0.0,)
     sensitivities: Mapping[int, float] | None = None
     layers: int = 0
 
@@ -75,8 +60,6 @@ class Space:
         }
         if len(self.tiers) > 1:
             params["tier"] = trial.suggest_categorical("tier", list(self.tiers))
-        if len(self.hot_caches) > 1:
-            params["hot_cache"] = trial.suggest_categorical("hot_cache", list(self.hot_caches))
         if self.sensitivities is not None:
             params["skew"] = trial.suggest_float("skew", 0.0, 0.6)
         return params
@@ -94,8 +77,6 @@ class Space:
                 one = dict(start)
                 if len(self.tiers) > 1:
                     one["tier"] = tier
-                if len(self.hot_caches) > 1:
-                    one["hot_cache"] = 0.0
                 if self.sensitivities is not None:
                     one["skew"] = 0.0
                 found.append(one)
@@ -118,8 +99,6 @@ class Space:
             "routing.vote": "mass_sum, mass_max",
             "offload.tier": ", ".join(self.tiers),
         }
-        if len(self.hot_caches) > 1:
-            found["offload.hot_cache"] = ", ".join(f"{share:.0%}" for share in self.hot_caches)
         if self.sensitivities is not None:
             found["routing.overrides"] = "budgets by layer, from even to by sensitivity"
         return found
@@ -140,10 +119,7 @@ class Space:
                 "overrides": self._overrides(params),
             }
         )
-        update: dict[str, Any] = {"tier": params.get("tier", self.tiers[0])}
-        if params.get("hot_cache"):
-            update["hot_cache"] = params["hot_cache"]
-        offload = self.base.offload.model_copy(update=update)
+        offload = self.base.offload.model_copy(update={"tier": params.get("tier", self.tiers[0])})
         found = self.base.model_copy(update={"name": name, "routing": routing, "offload": offload})
         # Copies are not validated.
         return Profile.model_validate_json(found.model_dump_json())

@@ -29,7 +29,7 @@ from hga_compile.tuning.search import (
     run_screen,
     survivors,
 )
-from hga_compile.tuning.space import Space, served
+from hga_compile.tuning.space import Space
 from hga_compile.tuning.storage import make_sampler, open_storage, open_study, refuse_old, saved
 from hga_compile.tuning.target import Target
 from hga_compile.tuning.timing import present_is
@@ -182,13 +182,7 @@ def _goal(
     elif own:
         say("sensitivity of each layer")
         sensitivities = calibration.sensitivities(request.base.routing)
-    caches: tuple[float, ...] = (0.0,)
-    cached = request.base.model_copy(
-        update={"offload": request.base.offload.model_copy(update={"hot_cache": 0.1})}
-    )
-    if "host" in request.tiers and request.gpu.kind == "cuda" and served(cached):
-        caches = (0.0, 0.05, 0.1, 0.2)
-    space = Space(request.base, request.tiers, caches, sensitivities, card.geometry.layers)
+    space = Space(request.base, request.tiers, sensitivities, card.geometry.layers)
     latency = Latency(card, request.gpu, request.context, here)
     return Goal(
         card, request.gpu, request.context, space, latency, calibration.length, request.max_delta_nll,
@@ -203,7 +197,6 @@ def _same_facts(request: Request, calibration: Calibration, goal: Goal) -> dict[
         "gpu": request.gpu.name,
         "context": request.context,
         "tiers": ", ".join(request.tiers),
-        "hot_caches": ", ".join(map(str, goal.space.hot_caches)),
         "prefill": request.with_prefill,
         "latency": goal.latency.how,
         "checkpoint": calibration.facts["sha256"],
@@ -227,7 +220,7 @@ def _found(
         raise NoneFeasible(_why(finished, interrupted))
     start = default_trial(finished, goal.space)
     points = [tuple(trial.values) for trial in fit]
-    baseline = tuple(start.values) if start is not None and feasible(start) else None
+    baseline = None if start is None else tuple(start.values)
     taken = fit[choose(points, request.prefer, baseline)]
     name = f"{request.target.card.name}.{request.gpu.name}"
     profile = goal.space.profile(taken.params, name)
@@ -356,7 +349,7 @@ def _best(study: Study) -> str:
     fit = [trial for trial in _complete(study) if feasible(trial)]
     if not fit:
         return "nothing feasible yet"
-    best = fit[choose([tuple(trial.values) for trial in fit], "balanced")]
+    best = fit[choose([tuple(trial.values) for trial in fit], "quality")]
     names = study.metric_names or ["quality", "decode_ms"]
     shown = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, best.values, strict=True))
     return f"best so far: trial {best.number}, {shown}"

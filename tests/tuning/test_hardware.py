@@ -14,7 +14,6 @@ from hga_compile.tuning.hardware import (
     Step,
     calibration,
     decode_ms,
-    hit_rate,
     predict,
     prefill_ms,
     step_terms,
@@ -97,7 +96,7 @@ def test_a_token_takes_at_least_its_weights():
     assert floor < near < far
 
 
-def test_dense_layers_and_a_hot_cache_change_a_tokens_time():
+def test_dense_layers_and_the_tier_change_a_tokens_time():
     card, gpu = model_card("qwen3-30b"), gpu_card("rtx5090")
 
     def took(**options):
@@ -105,7 +104,6 @@ def test_dense_layers_and_a_hot_cache_change_a_tokens_time():
 
     plain = took()
     assert took(**{"routing.dense_layers": [0, 1]}) != plain
-    assert took(**{"offload.hot_cache": 0.1}) < plain
     assert took(tier="gpu") < plain
 
 
@@ -117,9 +115,10 @@ def test_a_prefill_grows_faster_than_its_tokens_and_dense_ones_more():
     assert prefill_ms(card, H200, dense, 131072) > times[1]
 
 
-def test_hits_of_a_hot_cache_are_the_measured_ones():
-    assert [hit_rate(share) for share in (0.0, 0.03, 0.1, 1.0)] == [0.0, 0.73, 0.94, 1.0]
-    assert hit_rate(0.075) == pytest.approx((0.85 + 0.94) / 2)
+@pytest.mark.parametrize("options", [{"tier": "nvme"}, {"offload.hot_cache": 0.1}])
+def test_what_was_never_recorded_is_not_predicted(options):
+    with pytest.raises(ValueError, match="neither the tier nvme nor a hot cache"):
+        decode_ms(model_card("qwen3-30b"), H200, resolve_profile(options, {}), 65536)
 
 
 def test_a_cpus_step_is_timed():

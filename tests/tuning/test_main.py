@@ -139,7 +139,11 @@ def test_the_dry_run_as_json(capsys):
         (["--model", "qwen3-30b", "--gpu", "h2000"], "did you mean 'h200'"),
         (
             ["--model", "qwen3-30b", "--gpu", "h200", "--tiers", "hots"],
-            "tiers are gpu, host and nvme, got hots",
+            "tiers are gpu and host, got hots",
+        ),
+        (
+            ["--model", "qwen3-30b", "--gpu", "h200", "--tiers", "host,nvme"],
+            "the time of a step in nvme is neither measured nor modelled (--tiers)",
         ),
         (["--gpu", "h200"], "Missing option '--model'"),
         (["--model", "qwen3-30b", "--gpu", "h200", "--prefer", "cheap"], "cheap"),
@@ -150,6 +154,13 @@ def test_wrong_input_is_one_line_and_exit_2(arguments, words, capsys):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_a_profile_with_a_hot_cache_is_refused(tmp_path, capsys):
+    base = tmp_path / "hot.yaml"
+    base.write_text("schema_version: 1\nname: hot\noffload: {tier: host, hot_cache: 0.1}\n")
+    assert main(["--model", "qwen3-30b", "--gpu", "h200", "--profile", str(base), "--dry-run"]) == 2
+    assert "neither measured nor modelled, got offload.hot_cache 0.1" in capsys.readouterr().err
 
 
 def test_without_any_weights_it_says_what_to_name(monkeypatch, tmp_path, capsys):
@@ -165,6 +176,8 @@ def test_help_has_examples(capsys):
     out = capsys.readouterr().out
     assert "hga-tune --model qwen3-30b --gpu rtx5090" in out
     assert "3 nothing is feasible" in " ".join(out.split())
+    rule = "balanced the least KL of those at most 10% slower than the default setting"
+    assert rule in " ".join(out.split())
 
 
 @pytest.mark.slow

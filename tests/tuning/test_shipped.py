@@ -6,10 +6,10 @@ from importlib import resources
 
 import pytest
 
+from hga_compile.backend import _check_offload
 from hga_compile.configs.catalogue import gpu_card, model_card
 from hga_compile.configs.loader import builtin_names, load_profile
 from hga_compile.tuning.memory import plan_memory
-from hga_compile.tuning.space import served
 
 TUNED = [name for name in builtin_names() if load_profile(name).model is not None]
 
@@ -52,7 +52,7 @@ def test_its_head_says_what_was_measured_where_and_with_what(name):
 @pytest.mark.parametrize("name", TUNED)
 def test_it_fits_what_it_was_made_for_and_this_version_runs_it(name):
     asked, profile = asked_for(name), load_profile(name)
-    assert served(profile)
+    _check_offload(profile)
     assert plan_memory(
         model_card(asked["--model"]), gpu_card(asked["--gpu"]), profile, int(asked["--context"])
     ).fits

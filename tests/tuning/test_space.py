@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hga_compile.backend import _check_offload
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.loader import load_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.configs.routing import LayerOverride, Routing
-from hga_compile.tuning.space import Space, at_length, served
+from hga_compile.tuning.space import Space, at_length
 
 BASE = load_profile("default")
 SENSITIVE = {layer: 10.0 ** -(layer % 5) for layer in range(30)}
@@ -34,7 +35,7 @@ def test_every_draw_is_a_valid_profile_that_this_version_runs(sensitivities, see
     profile = space.profile(params, "x")
     assert profile.offload.tier == params["tier"]
     assert profile.routing.group_size == params["group_size"]
-    assert served(profile)
+    _check_offload(profile)
     assert Profile.model_validate_json(profile.model_dump_json()) == profile
 
 
@@ -47,10 +48,9 @@ def test_sensitive_layers_get_more_and_the_mean_stays():
     assert 1 <= len(routing.overrides) <= 6
 
 
-def test_a_tier_that_nothing_serves_is_known():
-    nvme = BASE.model_copy(update={"offload": BASE.offload.model_copy(update={"tier": "nvme"})})
-    assert served(BASE)
-    assert isinstance(served(nvme), bool)
+def test_no_hot_cache_is_searched_for_as_no_time_of_one_is_known():
+    space = Space(BASE, ("gpu", "host"))
+    assert not any("hot_cache" in name for name in (*space.starts()[0], *space.describe()))
 
 
 def test_a_shorter_text_gets_the_same_share():
