@@ -40,13 +40,27 @@ def test_it_is_named_and_made_for_what_its_command_says(name):
 @pytest.mark.parametrize("name", TUNED)
 def test_its_head_says_what_was_measured_where_and_with_what(name):
     text = head(name)
-    for line in ("Quality", "Texts", "Decode", "Memory", "Trial", "Where"):
+    for line in ("Quality", "Texts", "Decode", "Memory", "Compiled model", "Trial", "Where"):
         assert re.search(rf"^{line}: ", text, re.MULTILINE), line
     # What was not measured on the model itself must say so, and carries no checkpoint's hash.
     own = load_profile(name).model.sha256 is not None
     assert ("TRANSFERRED, not measured on" in text) is not own
     assert re.search(r"SHA-256 [0-9a-f]{16}", text)
     assert re.search(r"torch \d.*transformers \d", text)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_its_numbers_keep_the_rule_it_was_chosen_by(name):
+    text, prefer = head(name), asked_for(name).get("--prefer", "balanced")
+    assert load_profile(name).description.endswith(f"preferring {prefer}.")
+    took = float(re.search(r"^Decode: ([\d.]+) ms", text, re.MULTILINE)[1])
+    kl = float(re.search(r"^Quality: .*KL ([\d.]+),", text, re.MULTILINE)[1])
+    default = re.search(r"^Default setting: KL ([\d.]+), .*, ([\d.]+) ms", text, re.MULTILINE)
+    assert kl <= float(default[1])
+    # Both are rounded.
+    assert took <= {"quality": float("inf"), "balanced": 1.1, "speed": 1.0}[prefer] * float(default[2]) + 0.02
+    verified = float(re.search(r"^Compiled model: KL ([\d.]+),", text, re.MULTILINE)[1])
+    assert verified == pytest.approx(kl, rel=0.05)
 
 
 @pytest.mark.parametrize("name", TUNED)
