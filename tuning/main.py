@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hga_compile.cli import options
 from hga_compile.cli.errors import BAD_INPUT, INTERRUPTED, BadInputError, guarded, say_error
-from hga_compile.cli.output import console, note, print_json, quiet_bars, size
+from hga_compile.cli.output import note, print_json, quiet_bars
+from hga_compile.tuning.showing import show_found, show_plan
 
 if TYPE_CHECKING:
     from hga_compile.evaluation.corpora import Document
@@ -155,7 +155,7 @@ def tune_command(
             "expected null (--profile); add it to the profile that is found"
         )
     if dry_run:
-        _dry_run(target.card, card, base, tokens, wanted, trials, measured, as_json)
+        show_plan(target.card, card, base, tokens, wanted, trials, measured, as_json)
     try:
         possible = possible_tiers(target.card, card, base, tokens, wanted)
     except Infeasible as error:
@@ -195,15 +195,16 @@ def tune_command(
     if as_json:
         print_json(found.result)
     else:
-        _print(found, folder)
+        show_found(found, folder)
     if found.interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
 def _run(request: Request, arguments: Sequence[str]) -> Found:
     from hga_compile.cli.output import quiet_libraries
+    from hga_compile.tuning.outcome import command_line
     from hga_compile.tuning.progress import telling
-    from hga_compile.tuning.tune import command_line, tune
+    from hga_compile.tuning.tune import tune
 
     quiet_libraries()
     with telling(note) as (say, told):
@@ -220,69 +221,6 @@ def _write(found: Found, folder: Path, report: bool) -> None:
         from hga_compile.tuning.report import write_report
 
         write_report(found, folder / "report.html")
-
-
-def _print(found: Found, folder: Path) -> None:
-    from rich.table import Table
-
-    result, out = found.result, console()
-    table = Table(title="settings measured on the full model", title_justify="left")
-    for heading in ("trial", "KL", "delta NLL", "ms a token", "bytes read", "", "setting"):
-        table.add_column(heading, justify="left" if heading in ("", "setting") else "right")
-    for trial in sorted(result["trials"]["full"], key=lambda one: one["values"][0]):
-        number = trial["number"]
-        marks = ["chosen"] if number == result["chosen"]["number"] else []
-        marks += ["default"] if result["default"] and number == result["default"]["number"] else []
-        marks += [] if trial["feasible"] else ["infeasible"]
-        marks += ["front"] if number in result["front"] else []
-        read = f"{trial['kv_bytes'] + trial['summary_bytes']:.1%}"
-        setting = ", ".join(f"{name} {_short(value)}" for name, value in trial["params"].items())
-        values = (f"{trial['values'][0]:.4f}", f"{trial['delta_nll']:+.4f}", f"{trial['values'][1]:.2f}")
-        table.add_row(str(number), *values, read, ", ".join(marks), setting)
-    out.print(table)
-    for name, value in found.facts.items():
-        out.print(f"{name}: {value}", soft_wrap=True)
-    print(folder / f"{found.profile.name}.yaml")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _dry_run(
-    model: Any, gpu: Any, base: Any, context: int, tiers: tuple[str, ...], trials: int, measured: int,
-    as_json: bool,
-) -> None:  # fmt: skip
-    """Print the space, what fits, and about how long it would take."""
-    from hga_compile.tuning.estimate import seconds
-    from hga_compile.tuning.feasibility import table
-    from hga_compile.tuning.space import Space
-
-    cells = table(model, gpu, base, context)
-    space = Space(base, tiers).describe()
-    times = seconds(trials, measured)
-    if as_json:
-        print_json({"space": space, "feasibility": [asdict(cell) for cell in cells], "seconds": times})
-        return
-    from rich.table import Table
-
-    out = console()
-    shown = Table(title="what is searched", title_justify="left")
-    shown.add_column("setting")
-    shown.add_column("values")
-    for name, values in space.items():
-        shown.add_row(name, values)
-    out.print(shown)
-    fits = Table(title=f"what fits: {model.name} on {gpu.name}, default setting", title_justify="left")
-    for heading in ("tier", "context", "fits", "GPU memory", "host RAM", "longest"):
-        fits.add_column(heading, justify="left" if heading in ("tier", "fits") else "right")
-    for cell in cells:
-        verdict = ("yes" if cell.fits else "no") + ("" if cell.searched else ", not searched")
-        sizes = (size(cell.gpu_bytes), size(cell.host_bytes))
-        fits.add_row(cell.tier, f"{cell.context:,}", verdict, *sizes, f"{cell.longest:,}")
-    out.print(fits)
-    parts = ", ".join(f"{name} {value:.0f} s" for name, value in times.items())
-    out.print(f"Time on this machine, about: {parts}")
 
 
 def _documents(files: list[Path], corpus: str | None) -> list[Document]:

@@ -145,7 +145,7 @@ def survivors(study: Study, space: Space, count: int) -> list[FrozenTrial]:
     space
         Whose settings tried first are always among them.
     count
-        How many besides these.
+        How many of the fronts; some of these may be among those tried first.
     """
     from optuna.trial import TrialState
 

@@ -182,18 +182,19 @@ def test_help_has_examples(capsys):
 
 @pytest.mark.slow
 @pytest.mark.checkpoint
+@pytest.mark.timeout(170)
 def test_a_short_real_study(tmp_path, capsys):
-    """On real weights: the front holds a setting that the cheap stage found, and quality is as measured."""
+    """On real weights: settings rank as known, the choice keeps its rule, the compiled model agrees."""
     from hga_compile.tuning.target import find_model
 
     if find_model("smollm2-135m").folder is None:
         pytest.skip("no weights of smollm2-135m (HGA_MODELS)")
     arguments = ["--model", "smollm2-135m", "--gpu", "rtx4090", "--context", "8192", "--lengths", "1536"]
-    arguments += ["--trials", "14", "--measured", "3", "--scored", "32", "--tiers", "host", "--no-report"]
-    arguments += ["--out", str(tmp_path)]
+    arguments += ["--corpus", "persuasion", "--trials", "12", "--measured", "4", "--scored", "24"]
+    arguments += ["--tiers", "host", "--no-report", "--out", str(tmp_path)]
     assert main([*arguments, "--max-delta-nll", "0.5", "--device", "cpu", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    default, verified = result["default"], result["verified"]
+    default, verified, chosen = result["default"], result["verified"], result["chosen"]
     # The paper's mean keys are far behind low-bit keys on this checkpoint.
     paper = next(
         t
@@ -201,9 +202,10 @@ def test_a_short_real_study(tmp_path, capsys):
         if t["params"]["summary"] == "mean" and t["params"]["budget"] == 0.03
     )
     assert paper["values"][0] > 1.5 * default["values"][0]
-    chosen = result["chosen"]
+    assert len(result["trials"]["full"]) > 4  # something that the cheap stage proposed
     assert verified["kl"] == pytest.approx(chosen["values"][0], rel=0.05)
-    assert chosen["values"][0] <= 1.25 * default["values"][0]
-    assert chosen["values"][1] <= 1.25 * default["values"][1]
+    # `balanced` is better than the default and at most a tenth slower.
+    assert chosen["values"][0] < default["values"][0]
+    assert chosen["values"][1] <= 1.1 * default["values"][1]
     profile = load_profile(Path(tmp_path) / "smollm2-135m.rtx4090.yaml")
     assert profile.gpu == "NVIDIA GeForce RTX 4090"

@@ -2,7 +2,7 @@
 
 from hga_compile.configs.catalogue import gpu_card, model_card
 from hga_compile.configs.loader import load_profile
-from hga_compile.tuning.tune import command_line
+from hga_compile.tuning.outcome import command_line
 from hga_compile.tuning.writing import made_for, write_profile
 
 
