@@ -14,11 +14,12 @@ from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.hooks import install_hooks
 from hga_compile.kernels.states import STATES
+from hga_compile.made_for import check_made_for
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.flatten import flatten, inputs_of, leaves_of
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
 from hga_compile.reporting import note_graph
-from hga_compile.tracing import model_layers, traced_layer
+from hga_compile.tracing import model_layers, traced_config, traced_layer
 
 __all__ = ["hga"]
 
@@ -58,12 +59,13 @@ def hga(
     Raises
     ------
     ProfileError
-        Unknown or invalid options.
+        Unknown or invalid options, or a profile made for another model.
     StrictError
         With `compile.strict`, a site that stays dense.
     """
     profile = resolve_profile(options)
     _check_offload(profile)
+    check_made_for(profile, traced_config(), _device_of(example_inputs))
     if _needs_grad(graph):
         decisions = _dense_sites(graph, Reason.REQUIRES_GRAD, "call under torch.no_grad()")
         _finish(decisions, profile)
@@ -155,6 +157,12 @@ def _check_offload(profile: Profile) -> None:
             f"offload.hot_cache keeps copies of K/V that lie in host RAM, got {offload.hot_cache} with "
             f"offload.tier {offload.home!r}, expected tier 'host' (offload.tier) or null (offload.hot_cache)"
         )
+
+
+def _device_of(example_inputs: Sequence[Any]) -> torch.device:
+    """Return the first accelerator of the inputs; the CPU where they have none."""
+    devices = [value.device for value in example_inputs if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def _needs_grad(graph: GraphModule) -> bool:

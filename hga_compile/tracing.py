@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["model_layers", "traced_for_hga", "traced_layer"]
+__all__ = ["model_layers", "traced_config", "traced_for_hga", "traced_layer"]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # torch's own
@@ -44,15 +44,27 @@ def model_layers() -> int | None:
     int or None
         None where the traced function holds no model with a configuration.
     """
+    layers: int | None = getattr(traced_config(), "num_hidden_layers", None)
+    return layers
+
+
+def traced_config() -> Any:
+    """Return the text configuration of the model whose code is traced.
+
+    Returns
+    -------
+    transformers.PretrainedConfig or None
+        Of the largest one, if there are several; None where the traced function holds no model with one.
+    """
     tx = _tracer()
-    found = []
+    found: list[Any] = []
     for value in getattr(getattr(tx, "output", None), "local_scope", {}).values():
         config = getattr(value, "config", None) if isinstance(value, torch.nn.Module) else None
         to_text = getattr(config, "get_text_config", None)
         text = config if to_text is None else to_text()
-        layers = getattr(text, "num_hidden_layers", None)
-        found += [layers] if isinstance(layers, int) else []
-    return max(found, default=None)
+        if isinstance(getattr(text, "num_hidden_layers", None), int):
+            found.append(text)
+    return max(found, key=lambda text: int(text.num_hidden_layers)) if found else None
 
 
 def traced_layer() -> int | None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hga_compile import __version__
-from hga_compile.cli import demo, eval, explain, profile, run, tune_kernels
+from hga_compile.cli import demo, eval, explain, plan, profile, run, tune_kernels
 from hga_compile.cli.errors import BAD_INPUT, FAILURE, INTERRUPTED, say_error
 from hga_compile.cli.options import Json
 from hga_compile.cli.output import print_json
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("explain")(explain.explain)
+app.command("plan")(plan.plan)
 app.add_typer(profile.app, name="profile")
 app.command("demo")(demo.demo)
 app.add_typer(eval.app, name="eval")

@@ -1,0 +1,195 @@
+"""Where the memory of a model under a profile goes: computed as the store and the index allocate it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from hga_compile.configs.cards import GpuCard, ModelCard
+from hga_compile.configs.profile import Profile
+from hga_compile.tuning.sizes import arrivals, file_sizes, hot_bytes, index_bytes, page_bytes
+
+__all__ = ["MemoryPlan", "Part", "Place", "plan_memory"]
+
+Place = Literal["gpu", "host", "nvme"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One use of memory."""
+
+    name: str
+    place: Place
+    bytes: int
+    how: str
+    """Where the number comes from, for a reader."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What goes where, and whether it fits."""
+
+    parts: tuple[Part, ...]
+    room: dict[Place, int]
+    """Bytes that may be used, by place."""
+    tier: Place
+    context: int
+
+    def used(self, place: Place) -> int:
+        """Return the bytes used in a place."""
+        return sum(part.bytes for part in self.parts if part.place == place)
+
+    def lacks(self, place: Place) -> int:
+        """Return the bytes missing in a place; 0 or less: it fits, with so many to spare."""
+        return self.used(place) - self.room[place]
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything fits where it should go."""
+        return all(self.lacks(place) <= 0 for place in self.room)
+
+    @property
+    def binding(self) -> Place:
+        """The place that is fullest, as a share of its room."""
+        return max(self.room, key=lambda place: self.used(place) / max(1, self.room[place]))
+
+
+def plan_memory(
+    card: ModelCard,
+    gpu: GpuCard,
+    profile: Profile,
+    context: int,
+    *,
+    batch: int = 1,
+    step: int = 1024,
+    weight_bytes: int | None = None,
+) -> MemoryPlan:
+    """Plan the memory of one model, profile and context.
+
+    Parameters
+    ----------
+    card, gpu, profile
+        What runs, where, and how.
+    context : int
+        Tokens of each sequence.
+    batch : int
+        Sequences.
+    step : int
+        Prompt tokens of a forward pass.
+    weight_bytes : int or None
+        Of the checkpoint as it is loaded; None: as the catalogue says.
+    """
+    shape, routing, offload = card.geometry, profile.routing, profile.offload
+    place, item = _home(profile, gpu), 2 if gpu.kind == "cuda" else 4
+    rows, row = batch * shape.kv_heads, 2 * shape.head_dim * item
+    step = min(step, context)
+    parts = [_weights(card, gpu, weight_bytes)]
+    pages = index = dense = hot = tails = 0
+    slots: dict[int, int] = {}
+    tokens = _arrivals(context, step)
+    for layer in _full_layers(card):
+        own = routing.for_layer(layer, shape.layers)
+        if routing.is_dense(layer, shape.layers):
+            dense += context * rows * row
+            continue
+        if place == "nvme":
+            filed = _file_sizes(tokens, rows, row, own.group_size, offload)
+            pages, tails = pages + filed.file, tails + filed.tail
+            slots[filed.page] = slots.get(filed.page, 0) + filed.file // filed.page
+        else:
+            pages += _page_bytes(tokens, rows, row, own.group_size, offload.reserve_tokens or 0)
+        if offload.hot_cache and place == "host":
+            hot += _hot_bytes(offload.hot_cache, own, tokens, rows, row)
+        index += _index_bytes(own, tokens, rows, shape.heads // shape.kv_heads, shape.head_dim)
+    slides = shape.layers - shape.full_layers
+    if slides:
+        kept = min(context, (shape.window or 0) - 1 + step)
+        parts.append(
+            Part("sliding windows", "gpu", slides * kept * rows * row, f"{slides} layers x {kept:,} tokens")
+        )
+    token = rows * row * shape.full_layers
+    parts += [
+        Part("index", "gpu", index, f"{index / context:,.0f} bytes a token, slack included"),
+        Part("token K/V", place, pages, f"{token:,} bytes a token, slack included"),
+    ]
+    if dense:
+        parts.append(Part("K/V of dense layers", "gpu", dense, f"{len(routing.dense_layers)} layers"))
+    if hot:
+        parts.append(
+            Part("hot cache", "gpu", hot, f"{offload.hot_cache:.1%} of the token K/V, tables included")
+        )
+    # Beside what stays there are either the products of an MLP or attention over one layer's history.
+    history = 0 if place == "gpu" else 2 * context * rows * row
+    mlp, attention = _activations(card, batch * step, item)
+    parts.append(Part("activations", "gpu", max(mlp, attention), f"a prefill step of {step:,} tokens"))
+    staging = max(0, attention + history - max(mlp, attention))
+    if staging:
+        parts.append(
+            Part("staging", "gpu", staging, "one layer's history, twice, while a prefill step reads it")
+        )
+    room = _room(gpu, profile, place)
+    if place == "nvme":
+        # A layer's pages on their way, and its last block.
+        parts.append(Part("buffers", "host", 2 * context * rows * row, "one layer's history, twice"))
+        parts.append(Part("last blocks", "host", tails, "incomplete ones, of all layers"))
+        left = max(0, room["host"] - sum(part.bytes for part in parts if part.place == "host"))
+        # Each size of pages has a pool of its own; none is larger than what is on the files, or is left.
+        cache = sum(min(offload.nvme_cache // size, count) * size for size, count in slots.items())
+        parts.append(
+            Part("cache of pages", "host", min(cache, left), "offload.nvme_cache, at most what is left")
+        )
+    return MemoryPlan(tuple(parts), room, place, context)
+
+
+def _weights(card: ModelCard, gpu: GpuCard, size: int | None) -> Part:
+    """Weights stay as they are stored; a CPU runs in 32 bits."""
+    if size is not None:
+        return Part("weights", "gpu", size, "the checkpoint's files")
+    if gpu.kind == "cpu":
+        return Part("weights", "gpu", card.geometry.parameters * 4, "all parameters in 32 bits")
+    how = f"{card.geometry.parameters / 1e9:.2f}B parameters"
+    if card.weights.quantised != "none":
+        how += f", {card.weights.bits:g} bits ({card.weights.quantised})"
+    return Part("weights", "gpu", card.weight_bytes(), how)
+
+
+def _home(profile: Profile, gpu: GpuCard) -> Place:
+    home = profile.offload.home
+    return "gpu" if gpu.kind == "cpu" and home != "nvme" else home  # a CPU has one memory
+
+
+def _room(gpu: GpuCard, profile: Profile, place: Place) -> dict[Place, int]:
+    room: dict[Place, int] = {"gpu": gpu.usable}
+    if place == "gpu":
+        return room
+    # A quarter is the system's, and whatever loads the weights.
+    room["host"] = min(gpu.host_memory.value * 3 // 4, profile.offload.host_budget or gpu.host_memory.value)
+    if place == "nvme":
+        room["nvme"] = gpu.nvme.value
+    return room
+
+
+def _full_layers(card: ModelCard) -> list[int]:
+    shape = card.geometry
+    every = shape.full_every or 1
+    return [layer for layer in range(shape.layers) if layer % every == every - 1]
+
+
+def _activations(card: ModelCard, tokens: int, item: int) -> tuple[int, int]:
+    """Bytes of a prefill step at their greatest, in an MLP and in attention without the history."""
+    shape = card.geometry
+    inner = 3 * shape.intermediate * (shape.active_experts or 1)
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    mlp = tokens * item * (shape.hidden + inner)
+    # Queries, output and one copy; scaled and turned queries are 32-bit.
+    attention = tokens * (item * (2 * shape.hidden + 3 * query + 2 * key) + 8 * query)
+    return mlp, attention
+
+
+# All layers of a model ask for the same few.
+_arrivals = lru_cache(maxsize=64)(arrivals)
+_page_bytes = lru_cache(maxsize=256)(page_bytes)
+_index_bytes = lru_cache(maxsize=256)(index_bytes)
+_hot_bytes = lru_cache(maxsize=256)(hot_bytes)
+_file_sizes = lru_cache(maxsize=256)(file_sizes)
