@@ -89,7 +89,7 @@ def test_separators_never_reach_the_builtin_folder(name, tmp_path, monkeypatch):
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ProfileError, match=r"unknown profile; did you mean 'paper'\?"):
         load_profile("papr")
-    with pytest.raises(ProfileError, match="known: default, .*paper"):
+    with pytest.raises(ProfileError, match=r"known: default, .*paper"):
         load_profile("zzzzzz")
     with pytest.raises(ProfileError, match="got type int"):
         load_profile(3)
