@@ -81,6 +81,43 @@ def prepare_out(out: Path | None, resume: bool, picture: bool) -> None:
         raise BadInputError(f"folder {str(out)!r} cannot be made: {error.strerror} (--out)") from None
 
 
+def check_scored(scored: int, request: Request, sizes: Sequence[int]) -> None:
+    """Refuse to score all of a text."""
+    if scored >= min(sizes):
+        raise BadInputError(
+            f"scored tokens must be fewer than every length, got {scored} and {request.lengths} (--scored)"
+        )
+
+
+def scored_cases(
+    setup: Setup, documents: Sequence[Document], scored: int, buckets: int
+) -> tuple[list[Case], list[Document]]:
+    """Return the cases of texts whose last tokens are scored, and the texts that are long enough.
+
+    Raises
+    ------
+    BadInputError
+        If none is.
+    """
+    from hga_compile.evaluation import nll
+
+    cases = nll.cases(documents, setup.lengths, scored, buckets, setup.tokenizer, say=note)
+    if not cases:
+        raise BadInputError(
+            f"every text is shorter than {min(setup.lengths):,} tokens; give longer ones or smaller --lengths"
+        )
+    used = {case.where["text"] for case in cases}
+    return cases, [document for document in documents if document.name in used]
+
+
+def study_of(request: Request, header: dict[str, Any]) -> Study:
+    """Return the runs of an evaluation, saved in --out under its name, gone on with where asked for."""
+    from hga_compile.evaluation.study import Study
+
+    path = None if request.out is None else request.out / f"{header['evaluation']}.json"
+    return Study(header, path, request.resume, say_run)
+
+
 def set_up(request: Request, command: str, lengths: list[int], more: dict[str, Any]) -> Setup:
     """Check the options that are left and load the model.
 

@@ -12,7 +12,6 @@ from hga_compile.cli import eval_common as common
 from hga_compile.cli import eval_options as asked
 from hga_compile.cli import options
 from hga_compile.cli.errors import BadInputError, guarded
-from hga_compile.cli.eval_nll import TEXTS
 from hga_compile.cli.output import console, note, print_json, progress, quiet_bars
 
 if TYPE_CHECKING:
@@ -27,12 +26,7 @@ def layers(
     model: options.Model,
     files: asked.Files = None,
     text: asked.Text = None,
-    corpus: Annotated[
-        str | None,
-        typer.Option(
-            "--corpus", metavar="NAME,NAME", help="Named texts, see `hga eval texts`.", show_default=TEXTS
-        ),
-    ] = None,
+    corpus: asked.Corpus = None,
     profile: Annotated[
         str, typer.Option("--profile", help="Built-in profile or path of a YAML file.")
     ] = "default",
@@ -40,7 +34,7 @@ def layers(
     factors: Annotated[
         str, typer.Option("--factors", metavar="X,X", help="Multiples of a layer's budget; 1 is among them.")
     ] = "0.5,1,2",
-    scored: Annotated[int, typer.Option(min=1, help="Tokens at the end of each sequence to predict.")] = 256,
+    scored: asked.Scored = 256,
     changes: asked.Set = None,
     out: asked.Out = None,
     resume: asked.Resume = False,
@@ -57,36 +51,24 @@ def layers(
     `routing.overrides` and as a profile (--out). Measure it on other texts with
     `hga eval nll MODEL --profile default --profile OUT/layers.yaml`.
     """
+    request = asked.request(locals() | {"profile": [profile], "mode": "decode"})
     quiet_bars()
     sizes = asked.split_numbers(lengths, "--lengths", 2)
     multiples = split_factors(factors)
-    if scored >= min(sizes):
-        raise BadInputError(
-            f"scored tokens must be fewer than every length, got {scored} and {lengths} (--scored)"
-        )
+    common.check_scored(scored, request, sizes)
     common.prepare_out(out, resume, picture)
-    request = asked.Request(
-        model, text, files, [profile], lengths, "decode", changes, out, resume, picture, device, dtype,
-        as_json, debug,
-    )  # fmt: skip
-    documents = common.read_texts(request.texts, corpus, TEXTS)
+    documents = common.read_texts(request.texts, corpus, asked.TEXTS)
     more = {"scored": scored, "factors": multiples}
     setup = common.set_up(request, "layers", sizes, more)
     from hga_compile.configs.loader import resolve_profile, save_profile
     from hga_compile.evaluation import nll, sensitivity
     from hga_compile.evaluation.single_layer import OneLayer
-    from hga_compile.evaluation.study import Study
 
-    cases = nll.cases(documents, sizes, scored, 1, setup.tokenizer, say=note)
-    if not cases:
-        raise BadInputError(
-            f"every text is shorter than {min(sizes):,} tokens; give longer ones or smaller --lengths"
-        )
+    cases, used = common.scored_cases(setup, documents, scored, 1)
     chosen = resolve_profile(setup.rows[-1].options)
     _check_routed(chosen, sizes, multiples)
-    used = {case.where["text"] for case in cases}
-    header = {**setup.header, "documents": [d.entry() for d in documents if d.name in used]}
-    study = Study(header, None if out is None else out / "layers.json", resume, common.say_run)
+    header = {**setup.header, "documents": [document.entry() for document in used]}
+    study = common.study_of(request, header)
     one = OneLayer(setup.model)
     count = setup.model.config.get_text_config(decoder=True).num_hidden_layers
     with one.installed():

@@ -49,24 +49,9 @@ def needle(
     A number of seven digits is hidden in a text (the demo's novel, or --text) under a key, alone or among
     other keys, and asked for at the end: exact match and NLL of the answer.
     """
+    request = asked.request(locals())
     counts = asked.split_numbers(keys, "--keys", 1)
     tasks = [("single" if count == 1 else "multi-key", count) for count in counts]
-    request = asked.Request(
-        model,
-        text,
-        files,
-        profile,
-        lengths,
-        mode,
-        changes,
-        out,
-        resume,
-        picture,
-        device,
-        dtype,
-        as_json,
-        debug,
-    )
     _run(request, "needle", tasks, depths, trials)
 
 
@@ -97,27 +82,12 @@ def ruler(
 
     The answer is teacher-forced, in the order of the text; "parts found" counts its parts by themselves.
     """
+    request = asked.request(locals())
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if unknown := [name for name in names if name not in RULER]:
         raise BadInputError(
             f"a task must be one of {', '.join(RULER)}, got {', '.join(map(repr, unknown))} (--tasks)"
         )
-    request = asked.Request(
-        model,
-        text,
-        files,
-        profile,
-        lengths,
-        mode,
-        changes,
-        out,
-        resume,
-        picture,
-        device,
-        dtype,
-        as_json,
-        debug,
-    )
     _run(request, "ruler", [(name, count) for name in names], depths, trials)
 
 
@@ -145,7 +115,6 @@ def _run(
     more = {"tasks": [list(task) for task in tasks], "depths": places, "trials": trials, "text": source}
     setup = common.set_up(request, command, sizes, more)
     from hga_compile.evaluation import needles
-    from hga_compile.evaluation.study import Study
 
     try:
         haystack = needles.Haystack.of(hay, setup.tokenizer)
@@ -153,9 +122,7 @@ def _run(
         cases = [needles.build(plan, haystack, setup.tokenizer) for plan in plans]
     except needles.HaystackError as error:
         raise BadInputError(str(error)) from None
-    study = Study(
-        setup.header, None if out is None else out / f"{command}.json", request.resume, common.say_run
-    )
+    study = common.study_of(request, setup.header)
     common.run_cases(setup, study, cases)
     summary = needles.summarise(study.runs)
     result = study.save({"summary": summary})

@@ -9,10 +9,8 @@ import typer
 from hga_compile.cli import eval_common as common
 from hga_compile.cli import eval_options as asked
 from hga_compile.cli import options
-from hga_compile.cli.errors import BadInputError, guarded
+from hga_compile.cli.errors import guarded
 from hga_compile.cli.output import console, note, print_json, quiet_bars
-
-TEXTS = "emma,asyncio,email,hamlet"
 
 
 @guarded
@@ -20,16 +18,11 @@ def nll(
     model: options.Model,
     files: asked.Files = None,
     text: asked.Text = None,
-    corpus: Annotated[
-        str | None,
-        typer.Option(
-            "--corpus", metavar="NAME,NAME", help="Named texts, see `hga eval texts`.", show_default=TEXTS
-        ),
-    ] = None,
+    corpus: asked.Corpus = None,
     profile: asked.Profiles = None,
     lengths: asked.Lengths = "4096,8192",
     mode: asked.Modes = "decode,all",
-    scored: Annotated[int, typer.Option(min=1, help="Tokens at the end of each sequence to predict.")] = 1024,
+    scored: asked.Scored = 1024,
     buckets: Annotated[int, typer.Option(min=1, help="Runs of positions to divide these into.")] = 4,
     changes: asked.Set = None,
     out: asked.Out = None,
@@ -46,43 +39,19 @@ def nll(
     KL(dense || row), agreement of the likeliest token, and the shares of tokens and bytes read, with 95%
     intervals from resampling the texts.
     """
+    request = asked.request(locals())
     quiet_bars()
     sizes = asked.split_numbers(lengths, "--lengths", 2)
-    if scored >= min(sizes):
-        raise BadInputError(
-            f"scored tokens must be fewer than every length, got {scored} and {lengths} (--scored)"
-        )
+    common.check_scored(scored, request, sizes)
     asked.split_modes(mode)
     common.prepare_out(out, resume, picture)
-    request = asked.Request(
-        model,
-        text,
-        files,
-        profile,
-        lengths,
-        mode,
-        changes,
-        out,
-        resume,
-        picture,
-        device,
-        dtype,
-        as_json,
-        debug,
-    )
-    documents = common.read_texts(request.texts, corpus, TEXTS)
+    documents = common.read_texts(request.texts, corpus, asked.TEXTS)
     setup = common.set_up(request, "nll", sizes, {"scored": scored, "buckets": buckets})
     from hga_compile.evaluation import nll as evaluation
-    from hga_compile.evaluation.study import Study
 
-    cases = evaluation.cases(documents, sizes, scored, buckets, setup.tokenizer, say=note)
-    if not cases:
-        raise BadInputError(
-            f"every text is shorter than {min(sizes):,} tokens; give longer ones or smaller --lengths"
-        )
-    used = {case.where["text"] for case in cases}
-    header = {**setup.header, "documents": [d.entry() for d in documents if d.name in used]}
-    study = Study(header, None if out is None else out / "nll.json", resume, common.say_run)
+    cases, used = common.scored_cases(setup, documents, scored, buckets)
+    header = {**setup.header, "documents": [document.entry() for document in used]}
+    study = common.study_of(request, header)
     common.run_cases(setup, study, cases)
     summary = evaluation.summarise(study.runs)
     result = study.save({"summary": summary})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,16 @@ Files = Annotated[
 Text = Annotated[
     list[Path] | None,
     typer.Option("--text", metavar="FILE", help="UTF-8 text file, or a folder of them; may be repeated."),
+]
+TEXTS = "emma,asyncio,email,hamlet"
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        "--corpus", metavar="NAME,NAME", help="Named texts, see `hga eval texts`.", show_default=TEXTS
+    ),
+]
+Scored = Annotated[
+    int, typer.Option("--scored", min=1, help="Tokens at the end of each sequence to predict.")
 ]
 Profiles = Annotated[
     list[str] | None,
@@ -73,6 +83,11 @@ class Request:
     def texts(self) -> list[Path]:
         """Files of --text, and those behind the first that a shell made of one pattern."""
         return [*(self.text or ()), *(self.files or ())]
+
+
+def request(given: Mapping[str, Any]) -> Request:
+    """Return the shared options among a command's parameters, by name: its `locals()` will do."""
+    return Request(**{part.name: given[part.name] for part in fields(Request)})
 
 
 def split_numbers(text: str, option: str, least: int) -> list[int]:
