@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from functools import cache, partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +23,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from uncached import CALLS, copies, microseconds
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import gpu
 from hga_compile.kernels.plan import plan_queries
-from hga_compile.kernels.tuner import graph_microseconds
 
 KV_HEADS, HEADS, DIM, DTYPE = 4, 8, 128, torch.bfloat16
 ROUTING = Routing(budget=Budget(fraction=0.03, tokens=256), auto_chunk_tokens=2**21)
 CASES = ((1, 16384), (1, 65536), (1, 262144), (1, 1048576), (8, 65536))
 PEERS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 FLEX, FLEX_BLOCK = "FlexAttention", 128
-# Bytes that no cache of a GPU holds, and calls of one graph, each of which may have inputs of its own.
-UNCACHED, CALLS = 200 * 2**20, 20
-
-
-def copies(size: int) -> int:
-    """Return of how many inputs of `size` bytes none is in the cache when it is read again."""
-    return min(CALLS, -(-UNCACHED // size))
-
-
-def microseconds(step: Callable[..., object], inputs: list[Any], calls: int = CALLS) -> float:
-    """Return the median time of a call, each with the next input, by CUDA-graph replay."""
-    each = cycle(inputs)
-    return graph_microseconds(lambda: step(*next(each)), calls)
 
 
 def rates() -> dict[str, float]:

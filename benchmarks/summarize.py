@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +21,14 @@ from common import RESULTS, environment, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from uncached import copies, microseconds
 
 from hga_compile.kernels import gpu
 from hga_compile.kernels.lowbit import _STEP, encode_keys
 from hga_compile.kernels.rotation import rotation
-from hga_compile.kernels.tuner import graph_microseconds
 
 ROWS, DIM, DTYPE = 4, 128, torch.bfloat16
 TOKENS = (4096, 16384, 65536, 262144)
-CALLS, UNCACHED = 20, 2**28
 CHECKED = 1024
 
 
@@ -54,22 +52,11 @@ class Kind(NamedTuple):
 KINDS = (Kind(bits=2), Kind(bits=1), Kind(bits=4), Kind(bits=8), Kind(group=16))
 
 
-def microseconds(step: Callable[[Tensor], object], inputs: list[Tensor]) -> float:
-    """Time a step that takes one input after the other."""
-    each = cycle(inputs)
-    return graph_microseconds(lambda: step(next(each)), CALLS)
-
-
-def copies(size: int) -> int:
-    """Return of how many inputs of `size` bytes none is in the cache when it is read again."""
-    return min(CALLS, -(-UNCACHED // size))
-
-
 def copy_microseconds(size: int) -> float:
     """Time a kernel that reads half of so many bytes and writes the other half."""
     half = torch.ones(copies(size // 2), size // 8, device="cuda")
     out = torch.empty_like(half[0])
-    return microseconds(lambda given: torch.neg(given, out=out), list(half))
+    return microseconds(lambda given: torch.neg(given, out=out), [(part,) for part in half])
 
 
 def coding(bits: int, tokens: int) -> Callable[[Tensor], None]:
@@ -114,7 +101,8 @@ def measure(kind: Kind, tokens: int, rate: float) -> dict[str, Any]:
     """Time one kind of summary of so many tokens, and the copy beside it; `rate` in bytes per second."""
     step = coding(kind.bits, tokens) if kind.bits else averaging(kind.group, tokens)
     count = copies(ROWS * tokens * DIM * DTYPE.itemsize)
-    keys = [torch.randn(tokens, ROWS, DIM, dtype=DTYPE, device="cuda").transpose(0, 1) for _ in range(count)]
+    shape = (tokens, ROWS, DIM)
+    keys = [(torch.randn(shape, dtype=DTYPE, device="cuda").transpose(0, 1),) for _ in range(count)]
     took, moved = microseconds(step, keys), kind.bytes_of(tokens)
     del keys
     floor, copy = moved / rate * 1e6, copy_microseconds(moved)

@@ -12,7 +12,11 @@ try:
 except ImportError:  # an older Triton
     gdc_wait = gdc_launch_dependents = None
 
-__all__ = ["follow", "overlap"]
+__all__ = ["COMPILED", "follow", "overlap"]
+
+COMPILED = not triton.knobs.runtime.interpret
+"""Whether kernels are compiled: the interpreter knows no machine instructions, and no loops of a length that
+is known late."""
 
 
 @lru_cache(maxsize=64)
@@ -30,7 +34,7 @@ def overlap(device: torch.device) -> dict[str, Any]:
 
 
 def _able(device: torch.device) -> bool:
-    if gdc_wait is None or triton.knobs.runtime.interpret:
+    if gdc_wait is None or not COMPILED:
         return False
     nvidia = device.type == "cuda" and torch.version.cuda is not None
     return nvidia and torch.cuda.get_device_capability(device)[0] >= 9

@@ -8,13 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.launch import Attend, launch_parameters, shape_of
-from hga_compile.kernels.overlap import follow, overlap
+from hga_compile.kernels.overlap import COMPILED, follow, overlap
 from hga_compile.kernels.triton_tail import TailShares
 
 __all__ = ["attend_listed"]
-
-# The interpreter knows no loops of a length that is known late.
-_PIPED = not triton.knobs.runtime.interpret
 
 
 def attend_listed(
@@ -102,7 +99,8 @@ def attend_listed(
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
         GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, TAIL=chunk_size,
-        PIPED=_PIPED and shares > 1 and tail is None and not exact, STAGES=3, num_warps=launch.warps, **early,
+        PIPED=COMPILED and shares > 1 and tail is None and not exact, STAGES=3, num_warps=launch.warps,
+        **early,
     )  # fmt: skip
     out = torch.empty(rows, heads, v_dim, dtype=query.dtype, device=query.device)
     v_padded = triton.next_power_of_2(v_dim)

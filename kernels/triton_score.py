@@ -9,14 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.launch import Score, launch_parameters, shape_of
-from hga_compile.kernels.overlap import follow, overlap
+from hga_compile.kernels.overlap import COMPILED, follow, overlap
 from hga_compile.kernels.triton_bins import BINS, empty_bins
 from hga_compile.kernels.triton_turn import Turned
 
 __all__ = ["Kept", "Masses", "group_masses"]
-
-# The interpreter knows no machine instructions.
-_ASSEMBLY = not triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def group_masses(
         masses.sums, masses.peaks, masses.bins, groups, blocks, shares, rows_of_span,
         None if kept is None else kept.chunks, 0 if kept is None else kept.chunks.shape[1],
         SPAN=spans.shape[1], HEADS=heads, BITS=8 // per_byte, BYTES=width, PADDED_BYTES=padded,
-        STRIDE=codes.stride(2), GROUP=group_size, BLOCK=tokens // group_size, ASSEMBLY=_ASSEMBLY,
+        STRIDE=codes.stride(2), GROUP=group_size, BLOCK=tokens // group_size, ASSEMBLY=COMPILED,
         CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1, STAGES=2, AHEAD=ahead,
         WARPS=launch.warps, BINS=BINS, num_warps=launch.warps, maxnreg=limit, **overlap(codes.device),
     )  # fmt: skip

@@ -1,27 +1,5 @@
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 # The benchmarks are scripts that import each other by name, as Python runs them.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-
-@pytest.fixture(scope="session")
-def tiny_model():
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_hidden_layers=2,
-        vocab_size=97,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
