@@ -66,7 +66,7 @@ class HGALM(HFLM):
         super().__init__(pretrained, **arguments)
         # Tasks come in all lengths: one graph for all of them.
         self._model: Any = torch.compile(self._model, backend="hga", dynamic=True, options=options)
-        hga_compile.reset_report()
+        hga_compile.reset_report(sites=True)  # what is told of this model is not another's
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval puts into its results: `HFLM`'s facts, the profile, and what was routed."""

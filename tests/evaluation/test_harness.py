@@ -9,6 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hga_compile.passes.decision import Decision, Reason
+from hga_compile.reporting import note_graph
+
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'hga-compile[eval]'")
 
 SMALL = {"routing.dense_below": 64, "routing.centre_tokens": 32, "inner": "eager"}
@@ -120,6 +123,8 @@ def test_short_texts_are_said_to_be_dense(
 ) -> None:
     from hga_compile.evaluation.harness import HGALM
 
+    other = Decision("sdpa", 0, "prefill", Reason.SLIDING_WINDOW, "of a model compiled before")
+    note_graph([other])
     with caplog.at_level("WARNING", "hga_compile.evaluation.harness"):
         model = HGALM(tiny_model, tokenizer=tokenizer, batch_size=1, inner="eager")
         lm_eval.simple_evaluate(
@@ -127,6 +132,7 @@ def test_short_texts_are_said_to_be_dense(
         )
     assert "no query was routed" in caplog.text
     assert "1024 tokens are dense" in caplog.text
+    assert "sliding window" not in caplog.text
 
 
 @pytest.mark.parametrize(
