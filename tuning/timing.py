@@ -94,7 +94,7 @@ def _on_cpu(step: Step, times: int = 32) -> float:
         # The last token again and again: what is stored behind it is forgotten.
         store.attend(query, key[:, :, body:], value[:, :, body:], step.tokens, None, step.dim**-0.5, site)
         took.append(time.perf_counter() - begin)
-    # The first one makes the index. Other processes only ever add to the time, so the least is the step's own.
+    # The first one makes the index. Other processes only ever add to the time: the least is the step's own.
     return min(took[2:]) * 1e6
 
 
