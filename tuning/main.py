@@ -248,8 +248,10 @@ def _lengths(text: str | None, context: int, most: int, device: str) -> list[int
 
 
 def _share(text: str | None) -> float | Literal["default"] | None:
-    if text is None or text == "default":
-        return text
+    if text is None:
+        return None
+    if text == "default":
+        return "default"
     try:
         found = float(text)
     except ValueError:
