@@ -186,30 +186,51 @@ auto scorer_of(int bits) {
   return bits == 1 ? score_row<1> : bits == 2 ? score_row<2> : bits == 4 ? score_row<4> : score_row<8>;
 }
 
-// Softmax masses [blocks, kLanes] of runs of four tokens, in their order; returns their sum.
-double sum_fours(const float* scores, float peak, float* masses, std::int64_t blocks) {
+// Softmax masses [blocks, kBlock / kRun] of runs of `kRun` tokens, in their order; returns their sum.
+template <int kRun>
+double sum_runs(const float* scores, float peak, float* masses, std::int64_t blocks) {
+  constexpr int kRuns = kVectors / kRun;  // runs of four tokens
   double total = 0.0;
   for (std::int64_t begin = 0; begin < blocks; begin += kFlush) {
     Floats lanes = {};
     for (std::int64_t block = begin; block < std::min(blocks, begin + kFlush); ++block) {
-      Floats mass = {};
+      Floats mass[kRuns] = {};
+      HGA_UNROLL
       for (int part = 0; part < kVectors; ++part)
-        mass += exp_negative(load(scores + (block * kVectors + part) * kLanes) - peak);
-      store(masses + block * kLanes, mass);
-      lanes += mass;
+        mass[part / kRun] += exp_negative(load(scores + (block * kVectors + part) * kLanes) - peak);
+      float* to = masses + block * (kBlock / kRun);
+      for (int lane = 0; lane < kLanes; ++lane)
+        HGA_UNROLL
+        for (int run = 0; run < kRuns; ++run) to[lane * kRuns + run] = mass[run][lane];
+      HGA_UNROLL
+      for (int run = 0; run < kRuns; ++run) lanes += mass[run];
     }
     total += sum_of(lanes);
   }
   return total;
 }
 
-// Adds one head's votes for groups of `fours` runs of four tokens.
-void add_votes(const float* masses, float share, float* votes, std::int64_t groups, int fours, bool most) {
+// Tokens of the longest runs that make up groups of `size`.
+inline int run_of(int size) { return size % 4 == 0 ? 4 : size % 2 == 0 ? 2 : 1; }
+
+auto summer_of(int size) {
+  const int run = run_of(size);
+  return run == 4 ? sum_runs<4> : run == 2 ? sum_runs<2> : sum_runs<1>;
+}
+
+// Adds one head's votes for groups of `runs` runs.
+void add_votes(const float* masses, float share, float* votes, std::int64_t groups, int runs, bool most) {
+  const auto add = [=](std::int64_t group, float vote) {
+    votes[group] = most ? std::max(votes[group], vote) : votes[group] + vote;
+  };
+  if (runs == 1) {
+    for (std::int64_t group = 0; group < groups; ++group) add(group, masses[group] * share);
+    return;
+  }
   for (std::int64_t group = 0; group < groups; ++group) {
     float mass = 0.0f;
-    for (int run = 0; run < fours; ++run) mass += masses[group * fours + run];
-    const float vote = mass * share;
-    votes[group] = most ? std::max(votes[group], vote) : votes[group] + vote;
+    for (int run = 0; run < runs; ++run) mass += masses[group * runs + run];
+    add(group, mass * share);
   }
 }
 
@@ -218,13 +239,33 @@ void choose(const float* votes, std::int64_t first, std::int64_t end, std::int64
             std::vector<std::int64_t>& groups) {
   count = std::min(count, end - first);
   if (count <= 0) return;
-  sorted.assign(votes + first, votes + end);
-  std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<float>());
-  const float least = sorted[count - 1];
-  std::int64_t equals = count;
-  for (std::int64_t group = first; group < end; ++group) equals -= votes[group] > least;
+  // Votes are not negative: their bits have their order. Only those that share their first bits with the least one
+  // that is taken need to be ordered.
+  constexpr int kShift = 20, kBins = 1 << (31 - kShift);
+  const auto bin_of = [&](std::int64_t group) {
+    std::uint32_t bits;
+    std::memcpy(&bits, votes + group, sizeof bits);
+    return static_cast<int>(bits >> kShift);
+  };
+  std::int32_t sizes[kBins] = {};
+  for (std::int64_t group = first; group < end; ++group) ++sizes[bin_of(group)];
+  int bin = kBins - 1;
+  std::int64_t left = count;
+  for (; sizes[bin] < left; --bin) left -= sizes[bin];
+  sorted.clear();
   for (std::int64_t group = first; group < end; ++group)
-    if (votes[group] > least || (votes[group] == least && equals-- > 0)) groups.push_back(group);
+    if (bin_of(group) == bin) sorted.push_back(votes[group]);
+  std::nth_element(sorted.begin(), sorted.begin() + (left - 1), sorted.end(), std::greater<float>());
+  const float least = sorted[left - 1];
+  std::int64_t equals = left - std::count_if(sorted.begin(), sorted.end(), [=](float vote) { return vote > least; });
+  std::size_t at = groups.size();
+  groups.resize(at + count + 1);  // one that is written to and not kept
+  for (std::int64_t group = first; group < end; ++group) {
+    const bool same = votes[group] == least, taken = votes[group] > least || (same && equals > 0);
+    groups[at] = group;
+    at += taken, equals -= same;
+  }
+  groups.resize(at);
 }
 
 inline float dot(const float* one, const float* other, int dim) {
@@ -296,13 +337,13 @@ bool list_groups(const std::uint8_t* codes, std::int64_t byte_stride, const floa
   } else if (span.chosen > 0) {
     scores.resize(heads * blocks * kBlock);
     peaks.resize(heads);
-    masses.resize(blocks * kLanes);
+    masses.resize(blocks * kBlock / run_of(size));
     if (!scorer_of(bits)(codes, byte_stride, turned, heads, dim, scales, scores.data(), peaks.data(), tokens))
       return false;
     votes.assign(span.window, 0.0f);
     for (int head = 0; head < heads; ++head) {
-      const double total = sum_fours(scores.data() + head * blocks * kBlock, peaks[head], masses.data(), blocks);
-      add_votes(masses.data(), static_cast<float>(1.0 / total), votes.data(), span.window, size / kVectors, most);
+      const double total = summer_of(size)(scores.data() + head * blocks * kBlock, peaks[head], masses.data(), blocks);
+      add_votes(masses.data(), static_cast<float>(1.0 / total), votes.data(), span.window, size / run_of(size), most);
     }
     choose(votes.data(), span.sink_end, span.window, span.chosen, sorted, groups);
   }

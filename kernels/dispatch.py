@@ -181,8 +181,6 @@ def _native_covers(need: Need) -> str | None:
     if need.dtype != torch.float32 or need.query_dtype != torch.float32:
         wrong = need.dtype if need.dtype != torch.float32 else need.query_dtype
         return f"{_name(wrong)} (float32 alone)"
-    if need.group_size % native.STEP_TOKENS:
-        return f"group_size {need.group_size} (a multiple of {native.STEP_TOKENS})"
     if not native.available():
         return "a machine without a C++ compiler (set CXX)"
     if need.phase == "dense":

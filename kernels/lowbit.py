@@ -15,7 +15,7 @@ from hga_compile.kernels.dispatch import preferred, triton_serves
 from hga_compile.kernels.gpu import encode
 from hga_compile.kernels.gpu_tiles import tile_keys
 from hga_compile.kernels.levels import decode_levels
-from hga_compile.kernels.native import STEP_TOKENS, routed_groups, routed_steps, scan_scores
+from hga_compile.kernels.native import routed_groups, routed_steps, scan_scores
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.summaries import Scorer, grown, register_summary
 
@@ -171,8 +171,6 @@ class LowBitSummary:
         Tensor or None
             ``[rows, heads, queries, v_dim]``; None where there is no such way.
         """
-        if self.group_size % STEP_TOKENS:
-            return None
         codes, scales = self._coded(int(spans[:, 2].max()))
         turned = self._turned(scaled).view(scaled.shape)
         out = routed_steps(
@@ -196,8 +194,6 @@ class LowBitSummary:
         Tensor or None
             ``[rows, n]`` int64; None where there is no such way.
         """
-        if self.group_size % STEP_TOKENS:
-            return None
         codes, scales = self._coded(int(spans[:, 2].max()))
         turned = self._turned(scaled).view(scaled.shape)[:, :, 0]
         return routed_groups(

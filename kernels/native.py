@@ -17,7 +17,6 @@ from platformdirs import user_cache_dir
 from torch import Tensor
 
 __all__ = [
-    "STEP_TOKENS",
     "Span",
     "attend_pages",
     "available",
@@ -41,9 +40,6 @@ _FLAGS = (
     "-pthread",
 )
 _SECONDS = 120
-
-STEP_TOKENS = 4
-"""Groups of `routed_steps` are of a multiple of so many tokens."""
 
 
 class Span(NamedTuple):
@@ -163,7 +159,7 @@ def routed_steps(
     spans : Tensor
         ``[queries, 5]`` int64 on the CPU: a `Span` a query.
     bits, group_size, vote
-        Settings of the layer; the group size is a multiple of `STEP_TOKENS`.
+        Settings of the layer.
     scale : float
         Softmax scale.
 

@@ -19,7 +19,7 @@ from hga_compile.configs.profile import Profile
 from hga_compile.configs.routing import Routing
 
 __all__ = ["CALIBRATION", "Step", "calibration", "decode_ms", "dense_terms", "gather_terms", "prefill_ms"]
-__all__ += ["predict", "step_terms", "step_us"]
+__all__ += ["predict", "read_share", "step_terms", "step_us"]
 
 CALIBRATION = "hardware.json"
 Terms = dict[str, float]
@@ -181,6 +181,33 @@ def decode_ms(card: ModelCard, gpu: GpuCard, profile: Profile, context: int, bat
     weights = card.active_bytes() if gpu.kind == "cuda" else shape.parameters * 4
     reached = calibration()["reached"]["memory"] if gpu.kind == "cuda" else 1.0
     return total / 1e3 + weights / (gpu.bandwidth.value * reached) * 1e3
+
+
+def read_share(card: ModelCard, profile: Profile, context: int, item: int = 2) -> float:
+    """Return the bytes that a decode step's attention reads, over those that dense attention reads.
+
+    Parameters
+    ----------
+    card, profile : ModelCard, Profile
+        What runs.
+    context : int
+        Tokens.
+    item : int
+        Bytes of a channel of K/V.
+
+    Returns
+    -------
+    float
+        Of the layers with full attention: K/V of the routed tokens, and summaries.
+    """
+    shape, routing, layers = card.geometry, profile.routing, full_layers(card)
+    dense, found = 2.0 * shape.kv_heads * context * shape.head_dim * item, 0.0
+    for layer in layers:
+        own, heads = routing.for_layer(layer, shape.layers), shape.heads // shape.kv_heads
+        step = Step(context, shape.kv_heads, heads, shape.head_dim, own, "gpu", item)
+        whole = routing.is_dense(layer, shape.layers)
+        found += dense if whole else step.routed_bytes + step.index_bytes
+    return found / (dense * len(layers))
 
 
 def prefill_ms(card: ModelCard, gpu: GpuCard, profile: Profile, context: int) -> float:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -102,6 +102,15 @@ def tune_command(
             show_default="0.1, or what the default setting has",
         ),
     ] = None,
+    max_read: Annotated[
+        str | None,
+        typer.Option(
+            "--max-read",
+            metavar="SHARE|default",
+            help="Most bytes that attention may read, over dense attention's; default: as the default.",
+            show_default="no bound",
+        ),
+    ] = None,
     prefill: Annotated[
         bool, typer.Option("--prefill", help="The prompt's time is an objective too.")
     ] = False,
@@ -181,8 +190,8 @@ def tune_command(
             target, card, tokens, base, possible, checkpoint, documents, measured_at,
             storage or str(folder / "study.db"), trials=trials, measured=measured, seed=seed,
             sampler=sampler.value, jobs=jobs, timeout=timeout, prefer=prefer.value,
-            max_delta_nll=max_delta_nll, with_prefill=prefill, scored=scored, resume=resume, verify=verify,
-            device=place,
+            max_delta_nll=max_delta_nll, max_read=_share(max_read), with_prefill=prefill,
+            scored=scored, resume=resume, verify=verify, device=place,
         )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         found = _run(request, run.obj)
@@ -236,6 +245,20 @@ def _lengths(text: str | None, context: int, most: int, device: str) -> list[int
     if not all(part.strip().isdigit() and int(part) >= 1024 for part in parts):
         raise BadInputError(f"lengths must be whole numbers of at least 1024, got {text!r} (--lengths)")
     return sorted({int(part) for part in parts})
+
+
+def _share(text: str | None) -> float | Literal["default"] | None:
+    if text is None:
+        return None
+    if text == "default":
+        return "default"
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise BadInputError(f"a share is above 0 and at most 1, or default, got {text!r} (--max-read)")
+    return found
 
 
 def _tiers(text: str | None, kind: str) -> tuple[str, ...]:

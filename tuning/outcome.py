@@ -77,6 +77,7 @@ def why_none(finished: Sequence[FrozenTrial], interrupted: bool) -> str:
                 broken.setdefault(name, []).append(value)
     name = max(broken, key=lambda one: (len(broken[one]), min(broken[one])))
     knob = {"delta_nll": "--max-delta-nll", "vram_gib": "--gpu, --context", "ram_gib": "--tiers, --context"}
+    knob["read_share"] = "--max-read"
     return (
         f"none of {len(finished)} settings keeps all constraints: {name} binds in {len(broken[name])}, the "
         f"nearest miss is {min(broken[name]):.4f} over ({knob.get(name, '--context')})"

@@ -10,7 +10,7 @@ from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
 from hga_compile.configs.routing import Routing
 from hga_compile.tuning.choose import front
-from hga_compile.tuning.hardware import prefill_ms
+from hga_compile.tuning.hardware import prefill_ms, read_share
 from hga_compile.tuning.latency import Latency
 from hga_compile.tuning.measure import Quality
 from hga_compile.tuning.memory import MemoryPlan, plan_memory
@@ -53,6 +53,8 @@ class Goal:
     batch: int = 1
     step: int = 1024
     weight_bytes: int | None = None
+    max_read: float | None = None
+    """Most bytes that a decode step's attention may read, over dense attention's; None: any number."""
 
     def memory(self, profile: Profile) -> MemoryPlan:
         """Plan the memory of a profile."""
@@ -68,6 +70,10 @@ class Goal:
             found.append(prefill_ms(self.card, self.gpu, profile, self.context))
         return found
 
+    def read(self, profile: Profile) -> float:
+        """Return the bytes that attention of a decode step reads, summaries too, over dense attention's."""
+        return read_share(self.card, profile, self.context, 2 if self.gpu.kind == "cuda" else 4)
+
     def tried_on(self, profile: Profile) -> Routing:
         """Return the routing as it is measured, on texts that may be shorter than the context."""
         return at_length(profile.routing, self.length) if self.context > self.length else profile.routing
@@ -78,13 +84,15 @@ def metrics(goal: Goal, quality: str) -> list[str]:
     return [quality, "decode_ms", *(["prefill_ms"] if goal.with_prefill else [])]
 
 
-def constrain(trial: Trial, plan: MemoryPlan) -> None:
-    """Tell a trial what it lacks in each place, in GiB; 0 or less is feasible."""
+def constrain(trial: Trial, goal: Goal, profile: Profile) -> None:
+    """Tell a trial what it lacks in each place, in GiB, and reads too much; 0 or less is feasible."""
+    plan = goal.memory(profile)
     names = {"gpu": "vram_gib", "host": "ram_gib", "nvme": "nvme_gib"}
     for place, name in names.items():
         # All trials have all constraints: one that is not used has its room to spare.
         lacks = plan.lacks(place) / GIB if place in plan.room else -1.0
         trial.set_constraint(name, lacks)
+    trial.set_constraint("read_share", -1.0 if goal.max_read is None else goal.read(profile) - goal.max_read)
 
 
 def feasible(trial: FrozenTrial) -> bool:
@@ -124,7 +132,7 @@ def run_screen(
 
     def objective(trial: Trial) -> tuple[float, ...]:
         profile = goal.space.profile(goal.space.suggest(trial), f"trial-{trial.number}")
-        constrain(trial, goal.memory(profile))
+        constrain(trial, goal, profile)
         return (change(goal.tried_on(profile)), *goal.costs(profile))
 
     if not study.trials:
@@ -210,7 +218,7 @@ def measure_survivors(
 
     def objective(trial: Trial) -> tuple[float, ...]:
         profile = goal.space.profile(goal.space.suggest(trial), f"trial-{trial.number}")
-        constrain(trial, goal.memory(profile))
+        constrain(trial, goal, profile)
         routing = goal.tried_on(profile)
         quality = measured(profile.model_copy(update={"routing": routing}))
         trial.set_constraint("delta_nll", quality.delta_nll - _limit(study, goal, quality))

@@ -52,7 +52,7 @@ class Space:
             "budget": trial.suggest_float("budget", *_FRACTIONS, log=True),
             "summary": trial.suggest_categorical("summary", ["lowbit", "mean"]),
             "bits": trial.suggest_categorical("bits", [1, 2, 4]),
-            "group_size": trial.suggest_categorical("group_size", [2, 4, 8, 16]),
+            "group_size": trial.suggest_categorical("group_size", [1, 2, 4, 8, 16]),
             "chunk_stage": trial.suggest_categorical("chunk_stage", ["auto", "on"]),
             "chunk_parts": trial.suggest_categorical("chunk_parts", [1, 4]),
             "window": trial.suggest_float("window", *_WINDOWS, log=True),
@@ -72,7 +72,8 @@ class Space:
         }  # fmt: skip
         paper = {**default, "summary": "mean", "group_size": 16, "chunk_stage": "on", "chunk_parts": 1}
         found = []
-        for start in (default, paper, {**default, "group_size": 2}, {**default, "budget": 0.06}):
+        smaller = ({**default, "group_size": size} for size in (2, 1))
+        for start in (default, paper, *smaller, {**default, "budget": 0.06}):
             for tier in self.tiers:
                 one = dict(start)
                 if len(self.tiers) > 1:
@@ -92,7 +93,7 @@ class Space:
             "routing.budget.fraction": f"{_FRACTIONS[0]:.1%} to {_FRACTIONS[1]:.0%}",
             "routing.summary": "lowbit, mean",
             "routing.bits": "1, 2, 4",
-            "routing.group_size": "2, 4, 8, 16",
+            "routing.group_size": "1, 2, 4, 8, 16",
             "routing.chunk_stage": "auto, on",
             "routing.chunk_parts": "1, 4",
             "routing.window.fraction": f"{_WINDOWS[0]:.0%} to {_WINDOWS[1]:.0%} of the budget",

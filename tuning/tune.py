@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -69,6 +69,8 @@ class Request:
     timeout: float | None = None
     prefer: Preference = "balanced"
     max_delta_nll: float | None = None
+    max_read: float | Literal["default"] | None = None
+    """Most bytes that attention may read, over dense attention's; "default": as the default setting."""
     with_prefill: bool = False
     scored: int = 128
     screen_layers: int = 6
@@ -182,10 +184,14 @@ def _goal(
         sensitivities = calibration.sensitivities(request.base.routing)
     space = Space(request.base, request.tiers, sensitivities, card.geometry.layers)
     latency = Latency(card, request.gpu, request.context, here)
-    return Goal(
+    goal = Goal(
         card, request.gpu, request.context, space, latency, calibration.length, request.max_delta_nll,
         request.with_prefill,
     )  # fmt: skip
+    if request.max_read is None:
+        return goal
+    default = goal.read(space.profile(space.defaults()[0], "default"))
+    return replace(goal, max_read=default if request.max_read == "default" else request.max_read)
 
 
 def _same_facts(request: Request, calibration: Calibration, goal: Goal) -> dict[str, Any]:
@@ -203,6 +209,7 @@ def _same_facts(request: Request, calibration: Calibration, goal: Goal) -> dict[
         "scored": request.scored,
         "screen": f"{request.screen_layers} layers, {request.screen_queries} queries",
         "max_delta_nll": "default's" if request.max_delta_nll is None else request.max_delta_nll,
+        "max_read": goal.max_read,
         "code": environment("cpu")["code"],
     }
 

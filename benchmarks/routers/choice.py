@@ -62,10 +62,14 @@ def attended(
     votes = votes.masked_fill(~open_, -1.0)
     if index.pinned is not None:
         votes = votes.masked_fill(index.pinned[:, None] & open_, torch.inf)
-    best = torch.sort(votes, dim=-1, descending=True, stable=True)
+    left = budget - fixed.sum(-1, keepdim=True)
+    # Only a unit at the sinks and one at the window can cost less than a whole one.
+    most = min(units, max(0, int(left.max())) // router.unit + 2)
+    best = votes.topk(most, dim=-1)
     spent = cost.expand(rows, -1, -1).gather(-1, best.indices).cumsum(-1)
-    kept = (spent <= budget - fixed.sum(-1, keepdim=True)) & (best.values >= 0)
-    chosen = torch.zeros_like(kept).scatter_(-1, best.indices, kept).repeat_interleave(router.unit, -1)
+    kept = (spent <= left) & (best.values >= 0)
+    chosen = torch.zeros_like(votes, dtype=torch.bool).scatter_(-1, best.indices, kept)
+    chosen = chosen.repeat_interleave(router.unit, -1)
     mask = fixed.expand(rows, -1, -1).clone()
     mask[..., : chosen.shape[-1]] |= chosen & causal[:, : chosen.shape[-1]]
     return torch.where(dense, causal, mask)

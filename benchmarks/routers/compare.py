@@ -37,6 +37,7 @@ from hga_compile.evaluation.rows import Row
 from hga_compile.evaluation.study import Run, Study
 from routers.arkvale import ArkVale
 from routers.attention import NAME, RoutedModel
+from routers.centred import Centred
 from routers.infllm import InfLLM
 from routers.lowbit import LowBit
 from routers.mean import Mean
@@ -58,6 +59,8 @@ ROUTERS: dict[str, Router] = {
     "low-bit, 4 (ours)": LowBit(4),
     "low-bit, 2": LowBit(2),
     "low-bit, 1": LowBit(1),
+    "low-bit, 4, centred by blocks": Centred(4),
+    "low-bit, 1, centred by blocks": Centred(1),
     "oracle groups, 4": Oracle(4),
     "oracle tokens": Oracle(1),
 }

@@ -9,6 +9,7 @@ import torch
 from routers import compare
 from routers.arkvale import ArkVale
 from routers.attention import FOLLOWING, RoutedModel, received
+from routers.centred import Centred
 from routers.choice import attended
 from routers.infllm import InfLLM
 from routers.lowbit import LowBit
@@ -31,7 +32,7 @@ from hga_compile.evaluation.reference import MODE_OPTIONS, dense_reference
 ROWS, HEADS, DIM, TOKENS = 2, 3, 16, 640
 ALL = [
     Window(), Mean(16), Mean(4), Quest(16), ArkVale(32), InfLLM(128), InfLLM(32), ShadowKV(8), LowBit(4),
-    Oracle(4), Oracle(1),
+    Centred(4), Centred(1, block=64), Oracle(4), Oracle(1),
 ]  # fmt: skip
 
 
@@ -122,6 +123,19 @@ def test_low_bit_keys_capture_more_than_means_and_the_window(layer: Layer) -> No
     assert found["ours"] > found["mean"] > found["window"]
 
 
+def test_a_centre_that_follows_the_keys_makes_low_bit_scores_better(layer: Layer) -> None:
+    drift = torch.linspace(0, 12, TOKENS)[:, None] * torch.linspace(-1, 1, DIM)
+    drifting, query = Layer(layer.keys + drift, layer.received), queries(4)
+    exact = query @ drifting.keys[:, None].mT
+
+    def error(router: Router) -> float:
+        off = router.index(drifting).score(query) - exact
+        # What all tokens have in common the softmax cannot see.
+        return float((off - off.mean(-1, keepdim=True)).square().mean())
+
+    assert error(Centred(1, block=64)) < 0.5 * error(LowBit(1))
+
+
 def test_quests_box_bounds_every_key_and_arkvale_is_tighter(layer: Layer) -> None:
     query = queries(7)
     best = (query @ layer.keys[:, None].mT).unflatten(-1, (-1, 16)).amax(-1)
@@ -184,6 +198,8 @@ def test_shares_of_bytes_are_those_of_16_bit_summaries() -> None:
         "low-bit, 4 (ours)": 18 / 256,
         "low-bit, 2": 18 / 256,
         "low-bit, 1": 18 / 256,
+        "low-bit, 4, centred by blocks": 19 / 256,
+        "low-bit, 1, centred by blocks": 19 / 256,
         "oracle groups, 4": 1 / 2,
         "oracle tokens": 1 / 2,
     }

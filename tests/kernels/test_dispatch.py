@@ -118,7 +118,6 @@ def test_a_machine_without_triton(monkeypatch):
         ({"device": CUDA}, "K/V on cuda (a CPU is needed)"),
         ({"dtype": torch.bfloat16}, "bfloat16 (float32 alone)"),
         ({"query_dtype": torch.float16}, "float16 (float32 alone)"),
-        ({"group_size": 2}, "group_size 2 (a multiple of 4)"),
         ({"summary": "mean"}, "mean summaries"),
         ({"chunks": True}, "the chunk stage"),
         ({"tail": True}, "a tail estimate"),

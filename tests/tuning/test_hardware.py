@@ -16,6 +16,7 @@ from hga_compile.tuning.hardware import (
     decode_ms,
     predict,
     prefill_ms,
+    read_share,
     step_terms,
     step_us,
 )
@@ -136,3 +137,11 @@ def test_a_cpus_step_is_timed():
 @pytest.mark.parametrize("tier", ["gpu", "host"])
 def test_a_gpus_step_is_timed(tier):
     assert 1 < measured_us(step(16384, tier), torch.device("cuda", 0)) < 10_000
+
+
+def test_the_bytes_read_are_those_of_routed_tokens_and_summaries():
+    card, default = model_card("smollm2-135m"), load_profile("default")
+    # 64 channels of K and of V; 2 bits a channel and a scale of 16 bits.
+    assert read_share(card, default, 8192, item=4) == pytest.approx(256 / 8192 + (16 + 2) / (2 * 64 * 4))
+    half = resolve_profile({"profile": "default", "routing.dense_layers": list(range(15))})
+    assert read_share(card, half, 8192) == pytest.approx((1 + read_share(card, default, 8192)) / 2)

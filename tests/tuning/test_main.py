@@ -103,6 +103,12 @@ def test_ctrl_c_while_the_choice_is_verified_costs_the_verification_only(argumen
     assert result["chosen"]["feasible"]
 
 
+@pytest.mark.parametrize("wrong", ["0", "1.5", "half"])
+def test_a_share_that_is_none_is_refused_with_the_option_to_change(arguments, capsys, wrong):
+    assert main([*arguments, "--max-read", wrong]) == 2
+    assert "(--max-read)" in capsys.readouterr().err
+
+
 def test_nothing_within_the_constraint_is_exit_3_with_its_name(arguments, capsys):
     arguments[arguments.index("--max-delta-nll") + 1] = "-10"
     assert main([*arguments, "--no-report"]) == 3
