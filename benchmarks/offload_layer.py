@@ -117,7 +117,8 @@ class Layer:
             pages, slots = fetched(chosen, spans, -(-step.length // size), tier.fetch)
         near = None
         if hot is not None:
-            near = hot.pool, hot.place(chosen, spans.table, step.length, size, 1)
+            entries = hot.place(chosen, spans.table, step.length, size, 1)
+            near = hot.pool, entries
         return attend_listed(
             pages, chosen, spans.table, self.query, None, length=step.length, group_size=size, scale=scale,
             softcap=0.0, rows_of_span=1, kv_heads=rows, slots=slots, hot=near,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.dispatch import triton_serves
+from hga_compile.kernels.fp8 import EXTRA, blank
 from hga_compile.kernels.gpu import load_rows, store_rows
 from hga_compile.kernels.hot import HotCache
 from hga_compile.store.host_memory import Lease
@@ -96,7 +97,16 @@ class Pages:
     def use(self, kernels: Kernels) -> None:
         """Move rows by what a profile asks for (`compile.kernels`); the pages stay as they are."""
         self.kernels = kernels
-        self._triton = triton_serves(kernels, self.compute, self.dtype, max(self.dim, self.v_dim))
+        dtype, v_dim = self.dtype, self.v_dim
+        if dtype == torch.uint8:
+            # Bytes are moved as they are; what they stand for is up to who reads them.
+            dtype, v_dim = torch.bfloat16, v_dim - EXTRA
+        self._triton = triton_serves(kernels, self.compute, dtype, max(self.dim, v_dim))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's K and V in one row."""
+        return (self.dim + self.v_dim) * self.dtype.itemsize
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens; what is stored stays.
@@ -129,7 +139,7 @@ class Pages:
             self._settle()
             for groups, inside, _ in self._runs(length, len(self.buffer) * self.group_size):
                 for view in self._views(groups):
-                    view[:, :, inside] = torch.nan
+                    view[:, :, inside] = blank(self.dtype)
 
     def write(self, key: Tensor, value: Tensor, begin: int) -> None:
         """Store ``[rows, n, dim]`` keys and values as tokens ``begin, begin + 1, ...``."""
