@@ -144,6 +144,52 @@ def decode_attention(result: dict[str, Any]) -> str:
     )
 
 
+def offload(result: dict[str, Any]) -> str:
+    """One layer's decode step by tier and size of the cache, beside dense attention in two places."""
+    headings = (
+        "tokens",
+        "K/V in",
+        "cache",
+        "hits (LRU)",
+        "MB over PCIe",
+        "MB from files",
+        "hga",
+        "floor",
+        "measured / floor",
+        "dense in HBM",
+        "against it",
+        "dense, streamed",
+        "against it",
+    )
+    places = {"gpu": "GPU memory", "host": "host RAM", "nvme": "files"}
+    rows = []
+    for case in result["cases"]:
+        dense, took = result["dense"][str(case["tokens"])], case["microseconds"]
+        extended = f" ({case['extended']} x)" if case["extended"] > 1 else ""
+        share = "-" if case["hot_cache"] is None else f"{case['hot_cache']:.0%}"
+        hits = "-" if case["hit_rate"] is None else f"{case['hit_rate']:.1%}"
+        hits += "" if case["lru"] is None else f" ({case['lru']:.1%})"
+        sizes = (f"{case[name] / 1e6:.2f}" if case[name] else "-" for name in ("pcie_bytes", "file_bytes"))
+        times = (f"{took:,.1f}", f"{case['floor_microseconds']:,.1f}", f"{case['measured_over_floor']:.1f}")
+        peers = [
+            text for name in ("cuDNN", "streamed")
+            for text in (f"{dense[name]:,.1f}", f"{dense[name] / took:.2f}x")
+        ]  # fmt: skip
+        first = (f"{case['tokens']}{extended}", places[case["tier"]], share, hits)
+        rows.append((*first, *sizes, *times, *peers))
+    rates = ", ".join(f"{rate / 1e9:,.1f} GB/s {place}" for place, rate in result["bandwidth"].items())
+    made = "; ".join(
+        f"{each['tokens']} tokens of {each['text']['name']} by {each['model']['name']}"
+        for each in result["recordings"]
+    )
+    return (
+        f"{markdown(headings, rows, 0)}\n\nMicroseconds a step of one layer: token stored, routed, attended. "
+        f"Routed sets replayed from {made}; (n x): n stretches of that length, each with other heads' sets. "
+        "Cache: slots on the GPU; for files, RAM. Bytes are a step's. Dense in HBM: cuDNN; streamed: all K/V "
+        f"from pinned host memory, the next layer's meanwhile. Floor: all read once, at {rates} (same run)."
+    )
+
+
 def prefill_attention(result: dict[str, Any]) -> str:
     """One layer's prefill beside dense attention."""
     peers = list(dict.fromkeys(name for case in result["cases"] for name in case["peers"]))
@@ -191,6 +237,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_memory": gpu_memory,
     "compile_time": compile_time,
     "decode_attention": decode_attention,
+    "offload": offload,
     "prefill_attention": prefill_attention,
     "summarize": summarize,
 }

@@ -111,6 +111,9 @@ class Offload(Settings):
     hot_cache: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Share of the tokens kept in GPU slots, above 0 and at most 1. null: no hot cache."""
 
+    kv_dtype: Literal["model", "fp8"] = "model"
+    """How token K/V are stored, in every tier: as the model computes them, or in 8 bits (e4m3)."""
+
     host_budget: Bytes | None = None
     """Most host RAM of the process for K/V: bytes, or a size such as `64GiB`. null: what is free, of the
     machine or of its control group."""

@@ -184,7 +184,7 @@ def _layer_use(layer: int, phase: str, use: Use) -> LayerUse:
         visible=use.visible,
         kv_bytes=use.attended * use.row_bytes,
         summary_bytes=round(use.summary_bytes),
-        dense_bytes=use.visible * use.row_bytes,
+        dense_bytes=use.visible * use.dense_row_bytes,
         hits=use.hits,
         misses=use.misses,
     )

@@ -22,6 +22,7 @@ __all__ = [
     "chunks_suffice",
     "decode_step",
     "encode",
+    "fetched",
     "load_rows",
     "sent",
     "spans_of",
@@ -265,7 +266,7 @@ def decode_step(
     slots = None
     if pages is None:
         assert fetch is not None  # one of the two is given
-        pages, slots = _fetched(chosen, spans, -(-length // routing.group_size), fetch)
+        pages, slots = fetched(chosen, spans, -(-length // routing.group_size), fetch)
     near = None
     if hot is not None:
         entries = hot.place(chosen, table, length, routing.group_size, shared)
@@ -277,10 +278,13 @@ def decode_step(
     return out, chosen
 
 
-def _fetched(
+def fetched(
     chosen: Tensor, spans: Spans, groups: int, fetch: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Fetch listed groups: a pool of their pages, and the table of where each lies in it."""
+    """Fetch listed groups, `groups` in all: a pool of their pages, and the table of where each lies in it.
+
+    Both are as `triton_attend.attend_listed` takes them.
+    """
     rows, width = chosen.shape
     place = torch.arange(width, device=chosen.device)
     # What stands behind a row's own list is anything; its first group is there in any case.

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hga_compile.kernels.fp8 import blank
+
 __all__ = ["HotCache"]
 
 
@@ -80,7 +82,7 @@ class HotCache:
         """
         if group < self._kept:
             if poison:
-                self.pool.fill_(torch.nan)
+                self.pool.fill_(blank(self.dtype))
             self.table[:, 0 if poison else group :] = -1
             self._kept = group
 

@@ -26,7 +26,9 @@ class Use:
     """Tokens whose summaries were scored."""
     summary_bytes: float = 0.0
     row_bytes: int = 0
-    """Bytes of one token's K and V in one KV head."""
+    """Bytes of one token's K and V in one KV head, as they are stored."""
+    dense_row_bytes: int = 0
+    """The same in the dtype of the model."""
     hits: int = 0
     misses: int = 0
     _attended: int = 0

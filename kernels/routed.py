@@ -93,7 +93,7 @@ def routed_attention(
     padding = Padding.of(key_mask, length)
     use = LEDGER.use(layer, "decode" if queries == 1 else "prefill")
     call = Call(grouped, kv, index, length, padding, scale, routing, layer, use, scoring, kernels)
-    use.row_bytes = kv.row_bytes
+    use.row_bytes, use.dense_row_bytes = kv.row_bytes, (dim + kv.v_dim) * kv.dtype.itemsize
     if routing.tail == "estimate":
         index.note_queries(call.scaled, call.first, None if padding is None else padding.rows(kv.rows))
     all_dense = (

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.fp8 import EXTRA
 from hga_compile.kernels.launch import Attend, launch_parameters, shape_of
 from hga_compile.kernels.overlap import COMPILED, follow, overlap
+from hga_compile.kernels.triton_fp8 import decoded
 from hga_compile.kernels.triton_tail import TailShares
 
 __all__ = ["attend_listed"]
@@ -37,13 +39,14 @@ def attend_listed(
     ----------
     pages : Tensor
         ``[groups, rows, group_size * (dim + v_dim)]`` (see `store.pages.Pages`); with `slots`, a pool
-        ``[slots, group_size * (dim + v_dim)]`` of such pages.
+        ``[slots, group_size * (dim + v_dim)]`` of such pages. Of uint8: coded (see `fp8`), values `EXTRA`
+        bytes longer.
     chosen : Tensor
         ``[rows, width]`` int32, from `triton_select.select_groups`.
     spans : Tensor
         ``[batch or 1, SPAN]`` int32 (see `gpu.Spans`).
     query : Tensor
-        ``[rows, heads, dim]``, contiguous, dtype of the pages.
+        ``[rows, heads, dim]``, contiguous, dtype of the pages, or of what coded ones stand for.
     logits : Tensor or None
         ``[kv_heads * heads]`` float32: attention sinks (see `scoring.Scoring`).
     length : int
@@ -71,7 +74,8 @@ def attend_listed(
         ``[rows, heads, v_dim]``, dtype of the query; 0 for a row without a token.
     """
     rows, heads, dim = query.shape
-    v_dim = pages.shape[-1] // group_size - dim
+    coded = pages.dtype == torch.uint8
+    v_dim = pages.shape[-1] // group_size - dim - (EXTRA if coded else 0)
     shape = shape_of(chosen.shape[1] * group_size, rows, heads, dim)
     launch = launch_parameters(Attend, query.device, shape)
     tokens = max(launch.tokens, group_size)
@@ -99,8 +103,8 @@ def attend_listed(
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
         GROUP=group_size, TOKENS=tokens, SOFTCAP=softcap > 0, EXACT=exact, TAIL=chunk_size,
-        PIPED=COMPILED and shares > 1 and tail is None and not exact, STAGES=3, num_warps=launch.warps,
-        **early,
+        EXTRA=EXTRA if coded else 0, PIPED=COMPILED and shares > 1 and tail is None and not exact, STAGES=3,
+        num_warps=launch.warps, **early,
     )  # fmt: skip
     out = torch.empty(rows, heads, v_dim, dtype=query.dtype, device=query.device)
     v_padded = triton.next_power_of_2(v_dim)
@@ -120,10 +124,11 @@ def _tile(
     start, scale, softcap, rows, slots, slot_row, shifts, chunks, pool, pool_row, entries,
     HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, SOFTCAP: tl.constexpr,
-    EXACT: tl.constexpr, TAIL: tl.constexpr,
+    EXACT: tl.constexpr, TAIL: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
     """Attend to the tokens of a tile of the list, and add them to what came before."""
-    PAGE: tl.constexpr = GROUP * (DIM + V_DIM)
+    V_ROW: tl.constexpr = V_DIM + EXTRA
+    PAGE: tl.constexpr = GROUP * (DIM + V_ROW)
     head = tl.arange(0, peak.shape[0])
     channel = tl.arange(0, PADDED)
     v_channel = tl.arange(0, V_PADDED)
@@ -144,15 +149,24 @@ def _tile(
         slot = tl.load(slots + row * slot_row + group, mask=real, other=0)
         page = pages + slot.to(tl.int64) * PAGE
     keys = page[:, None] + inside[:, None] * DIM + channel[None, :]
-    key = tl.load(keys, mask=real[:, None] & (channel[None, :] < DIM), other=0.0)
-    values = page[:, None] + GROUP * DIM + inside[:, None] * V_DIM + v_channel[None, :]
-    value = tl.load(values, mask=real[:, None] & (v_channel[None, :] < V_DIM), other=0.0)
+    key = tl.load(keys, mask=real[:, None] & (channel[None, :] < DIM), other=0)
+    values = page[:, None] + GROUP * DIM + inside[:, None] * V_ROW + v_channel[None, :]
+    value = tl.load(values, mask=real[:, None] & (v_channel[None, :] < V_DIM), other=0)
     if pool is not None:
         # A group is on one list once: nobody else reads its slot now.
         to = near[:, None] + inside[:, None] * DIM + channel[None, :]
         tl.store(to, key, mask=put[:, None] & (channel[None, :] < DIM))
-        to = near[:, None] + GROUP * DIM + inside[:, None] * V_DIM + v_channel[None, :]
+        to = near[:, None] + GROUP * DIM + inside[:, None] * V_ROW + v_channel[None, :]
         tl.store(to, value, mask=put[:, None] & (v_channel[None, :] < V_DIM))
+    if EXTRA:
+        ends = GROUP * DIM + inside * V_ROW + V_DIM
+        key_exponent = tl.load(page + ends, mask=real, other=0)
+        value_exponent = tl.load(page + ends + 1, mask=real, other=0)
+        if pool is not None:
+            tl.store(near + ends, key_exponent, mask=put)
+            tl.store(near + ends + 1, value_exponent, mask=put)
+        key = decoded(key, key_exponent).to(asked.dtype)
+        value = decoded(value, value_exponent).to(asked.dtype)
     score = tl.dot(asked, tl.trans(key), input_precision="ieee") * scale
     if SOFTCAP:
         # tanh by exp: exact enough, and defined for every score.
@@ -194,7 +208,7 @@ def _attend(
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, TAIL: tl.constexpr,
-    PIPED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    EXTRA: tl.constexpr, PIPED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -225,7 +239,7 @@ def _attend(
                 split * shares + share, peak, total, result, left_total, left, pages, chosen, asked, middle,
                 row, width, listed, length, start, scale, softcap, rows, slots, slot_row, shifts, chunks,
                 pool, pool_row, entries,
-                HEADS, DIM, V_DIM, PADDED, V_PADDED, GROUP, TOKENS, SOFTCAP, EXACT, TAIL,
+                HEADS, DIM, V_DIM, PADDED, V_PADDED, GROUP, TOKENS, SOFTCAP, EXACT, TAIL, EXTRA,
             )  # fmt: skip
     else:
         share = 0
@@ -234,7 +248,7 @@ def _attend(
                 split * shares + share, peak, total, result, left_total, left, pages, chosen, asked, middle,
                 row, width, listed, length, start, scale, softcap, rows, slots, slot_row, shifts, chunks,
                 pool, pool_row, entries,
-                HEADS, DIM, V_DIM, PADDED, V_PADDED, GROUP, TOKENS, SOFTCAP, EXACT, TAIL,
+                HEADS, DIM, V_DIM, PADDED, V_PADDED, GROUP, TOKENS, SOFTCAP, EXACT, TAIL, EXTRA,
             )  # fmt: skip
             share += 1
     to = (row * HEADS + head) * splits + split

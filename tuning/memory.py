@@ -8,7 +8,7 @@ from typing import Literal
 
 from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
-from hga_compile.tuning.sizes import arrivals, file_sizes, hot_bytes, index_bytes, page_bytes
+from hga_compile.tuning.sizes import arrivals, file_sizes, hot_bytes, index_bytes, page_bytes, stored_bytes
 
 __all__ = ["MemoryPlan", "Part", "Place", "plan_memory"]
 
@@ -83,6 +83,7 @@ def plan_memory(
     shape, routing, offload = card.geometry, profile.routing, profile.offload
     place, item = _home(profile, gpu), 2 if gpu.kind == "cuda" else 4
     rows, row = batch * shape.kv_heads, 2 * shape.head_dim * item
+    stored = stored_bytes(offload, row, shape.head_dim)
     step = min(step, context)
     parts = [_weights(card, gpu, weight_bytes)]
     pages = index = dense = hot = tails = 0
@@ -94,13 +95,13 @@ def plan_memory(
             dense += context * rows * row
             continue
         if place == "nvme":
-            filed = _file_sizes(tokens, rows, row, own.group_size, offload)
+            filed = _file_sizes(tokens, rows, stored, own.group_size, offload)
             pages, tails = pages + filed.file, tails + filed.tail
             slots[filed.page] = slots.get(filed.page, 0) + filed.file // filed.page
         else:
-            pages += _page_bytes(tokens, rows, row, own.group_size, offload.reserve_tokens or 0)
+            pages += _page_bytes(tokens, rows, stored, own.group_size, offload.reserve_tokens or 0)
         if offload.hot_cache and place == "host":
-            hot += _hot_bytes(offload.hot_cache, own, tokens, rows, row)
+            hot += _hot_bytes(offload.hot_cache, own, tokens, rows, stored)
         index += _index_bytes(own, tokens, rows, shape.heads // shape.kv_heads, shape.head_dim)
     slides = shape.layers - shape.full_layers
     if slides:
@@ -108,7 +109,7 @@ def plan_memory(
         parts.append(
             Part("sliding windows", "gpu", slides * kept * rows * row, f"{slides} layers x {kept:,} tokens")
         )
-    token = rows * row * shape.full_layers
+    token = rows * stored * shape.full_layers
     parts += [
         Part("index", "gpu", index, f"{index / context:,.0f} bytes a token, slack included"),
         Part("token K/V", place, pages, f"{token:,} bytes a token, slack included"),

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from hga_compile.configs.profile import Offload
 from hga_compile.configs.routing import Routing
 
-__all__ = ["Filed", "arrivals", "capacity", "file_sizes", "hot_bytes", "index_bytes", "page_bytes"]
+__all__ = [
+    "Filed",
+    "arrivals",
+    "capacity",
+    "file_sizes",
+    "hot_bytes",
+    "index_bytes",
+    "page_bytes",
+    "stored_bytes",
+]
 
 
 def arrivals(context: int, step: int, decoded: int = 256) -> tuple[int, ...]:
@@ -43,6 +52,25 @@ def capacity(entries: Iterable[int], first: int = 0) -> int:
             slack = first if first and not have else have + have // 4 + 64
             have = max(used, slack)
     return have
+
+
+def stored_bytes(offload: Offload, row_bytes: int, dim: int) -> int:
+    """Return the bytes in which one token's key and value of one row are stored.
+
+    Parameters
+    ----------
+    offload : Offload
+        Whether in 8 bits.
+    row_bytes : int
+        In the dtype of the model.
+    dim : int
+        Channels of a key, and of a value.
+    """
+    if offload.kv_dtype == "model":
+        return row_bytes
+    from hga_compile.kernels.fp8 import EXTRA
+
+    return 2 * dim + EXTRA
 
 
 def page_bytes(tokens: Sequence[int], rows: int, row_bytes: int, group_size: int, reserved: int = 0) -> int:

@@ -13,13 +13,13 @@ from torch import Tensor
 from hga_compile.store.errors import StoreFullError
 from hga_compile.store.host_memory import available_bytes
 
-__all__ = ["AlignedPages"]
+__all__ = ["NO_RESERVE", "AlignedPages"]
 
 
-# Whoever makes room for much of which little is used counts what is used.
-_NO_RESERVE = (
+NO_RESERVE = (
     0x4000 if (sys.platform, platform.machine()) in (("linux", "x86_64"), ("linux", "aarch64")) else 0
 )
+"""Whoever makes room for much of which little is used counts what is used."""
 
 
 class AlignedPages:
@@ -40,7 +40,7 @@ class AlignedPages:
         self.count, self.page_bytes = count, page_bytes
         size = max(1, count * page_bytes)
         try:
-            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
         except OSError as error:
             raise StoreFullError("host RAM is full", size, available_bytes(), "offload.nvme_cache") from error
         self._view = memoryview(self._memory)

@@ -15,6 +15,7 @@ from hga_compile.kernels.routed import routed_attention
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.kernels.states import STATES
+from hga_compile.store.fp8_pages import Fp8Pages
 from hga_compile.store.recent import Recent, check_pair
 from hga_compile.store.storage_io import StorageIO
 from hga_compile.store.tier import Held, Home, Tier
@@ -276,7 +277,7 @@ class LayerStore:
         if self.pages is None:
             raise RuntimeError("no K/V is stored yet: append before attending")
         size = site.routing.group_size
-        if self.pages.group_size != size or not is_at(self.pages, site.tier):
+        if self.pages.group_size != size or not is_at(self.pages, site.tier, site.place):
             self.tier, self.place, self._layer = site.tier, site.place, site.layer
             former = self.pages
             self.pages = moved(former, site.tier, size, self.length, site.place, site.layer, self.io)
@@ -312,7 +313,8 @@ class _Joined:
 
     def __init__(self, pages: Tier, key: Tensor, value: Tensor, length: int) -> None:
         self.pages, self.key, self.value = pages, key, value
-        self.begin = length - key.shape[1]
+        # What is attended to is what is stored, so that a cache that was saved goes on as this one would.
+        self.begin = length - (0 if isinstance(pages, Fp8Pages) else key.shape[1])
         self.rows, self.dtype, self.v_dim, self.paged = pages.rows, pages.dtype, pages.v_dim, True
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -344,7 +346,7 @@ class _Joined:
 
     @property
     def row_bytes(self) -> int:
-        return (self.pages.dim + self.pages.v_dim) * self.dtype.itemsize
+        return self.pages.row_bytes
 
 
 STATES.make = LayerStore

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hga_compile.configs.profile import Kernels, Offload
+from hga_compile.kernels.fp8 import blank
 from hga_compile.store.aligned import AlignedPages
 from hga_compile.store.blocks import BlockFile
 from hga_compile.store.errors import StoreError
@@ -101,7 +102,7 @@ class NvmePages:
         if file is not None and file.here and "_tail" in self.__dict__:
             self._reader.close()
             if self.place.poison:
-                self._tail.fill_(torch.nan)
+                self._tail.fill_(blank(self.dtype))
         if file is not None:
             file.close()
 
@@ -125,6 +126,11 @@ class NvmePages:
     @property
     def hot(self) -> None:
         """None: pages are kept in host RAM instead."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's K and V in one row."""
+        return (self.dim + self.v_dim) * self.dtype.itemsize
 
     def reserve(self, tokens: int) -> None:
         """Set room on the file aside for `tokens` tokens.
@@ -176,7 +182,7 @@ class NvmePages:
             self._file.watermark = kept
             self._reader.drop(kept * self.rows)
             if self.place.poison:
-                self._tail.fill_(torch.nan)
+                self._tail.fill_(blank(self.dtype))
         elif self.place.poison:
             self._into_tail_nan(length - self._file.watermark * self._span)
 
@@ -258,7 +264,7 @@ class NvmePages:
 
     def _empty_tail(self) -> Tensor:
         tail = torch.empty(self.rows, self._groups, self._page, dtype=self.dtype, device="cpu")
-        return tail.fill_(torch.nan) if self.place.poison else tail
+        return tail.fill_(blank(self.dtype)) if self.place.poison else tail
 
     def _split(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of pages ``[..., page]`` as ``[..., group_size, dim]``."""
@@ -277,7 +283,7 @@ class NvmePages:
     def _into_tail_nan(self, offset: int) -> None:
         token = torch.arange(offset, self._span, device="cpu")
         for view in self._split(self._tail):
-            view[:, token // self.group_size, token % self.group_size] = torch.nan
+            view[:, token // self.group_size, token % self.group_size] = blank(self.dtype)
 
     def _reopen(self, begin: int) -> None:
         """Take the block of token `begin` back into RAM, as those behind it will be replaced."""

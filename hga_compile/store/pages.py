@@ -1,4 +1,4 @@
-"""The tiers `gpu` and `host`: pages in one buffer, in GPU memory or in host RAM."""
+"""The tiers `gpu` and `host`: pages in one buffer, in GPU memory or in host RAM that grows where it is."""
 
 from collections.abc import Iterator
 
@@ -7,10 +7,11 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.dispatch import triton_serves
+from hga_compile.kernels.fp8 import EXTRA, blank
 from hga_compile.kernels.gpu import load_rows, store_rows
 from hga_compile.kernels.hot import HotCache
-from hga_compile.store.errors import StoreFullError
-from hga_compile.store.host_memory import Lease, available_bytes
+from hga_compile.store.host_memory import Lease
+from hga_compile.store.host_pins import Pins
 from hga_compile.store.host_range import HostRange
 from hga_compile.store.tier import Held
 
@@ -66,8 +67,10 @@ class Pages:
         self._hot: HotCache | None = None
         self._lease = Lease(self.place.host_budget)
         self._pinned = home.type == "cpu" and compute.type == "cuda"
-        # Memory that a GPU reads grows by a copy; what the CPU alone reads grows in place.
-        self._range = HostRange() if home.type == "cpu" and not self._pinned else None
+        # Host memory grows in place; that of a GPU by a copy.
+        self._range: HostRange | None = None
+        if home.type == "cpu":
+            self._range = HostRange(Pins(compute) if self._pinned else None)
         self.buffer = self._allocate(0)
         self.use(kernels)
 
@@ -81,19 +84,29 @@ class Pages:
         """Give the pages up; with `offload.poison` overwrite them first."""
         # Freed pages are given to whoever asks next: no kernel may be reading them then.
         self._settle()
-        if self.place.poison:
+        if self.place.poison and (self._range is None or self._range.here):
             _poison(self.buffer)
             if self._hot is not None:
                 _poison(self._hot.pool)
         self._hot = None
         self.buffer = self.buffer[:0].clone()
-        self._range = None
+        if self._range is not None:
+            self._range.close()
         self._lease.resize(0)
 
     def use(self, kernels: Kernels) -> None:
         """Move rows by what a profile asks for (`compile.kernels`); the pages stay as they are."""
         self.kernels = kernels
-        self._triton = triton_serves(kernels, self.compute, self.dtype, max(self.dim, self.v_dim))
+        dtype, v_dim = self.dtype, self.v_dim
+        if dtype == torch.uint8:
+            # Bytes are moved as they are; what they stand for is up to who reads them.
+            dtype, v_dim = torch.bfloat16, v_dim - EXTRA
+        self._triton = triton_serves(kernels, self.compute, dtype, max(self.dim, v_dim))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's K and V in one row."""
+        return (self.dim + self.v_dim) * self.dtype.itemsize
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens; what is stored stays.
@@ -126,7 +139,7 @@ class Pages:
             self._settle()
             for groups, inside, _ in self._runs(length, len(self.buffer) * self.group_size):
                 for view in self._views(groups):
-                    view[:, :, inside] = torch.nan
+                    view[:, :, inside] = blank(self.dtype)
 
     def write(self, key: Tensor, value: Tensor, begin: int) -> None:
         """Store ``[rows, n, dim]`` keys and values as tokens ``begin, begin + 1, ...``."""
@@ -245,7 +258,7 @@ class Pages:
         """Return the bytes allocated, by place."""
         if self.home.type != "cpu":
             return Held(self.buffer.nbytes)
-        return Held(0 if self._hot is None else self._hot.nbytes(), host=self.buffer.nbytes)
+        return Held(0 if self._hot is None else self._hot.nbytes(), host=self._lease.held)
 
     def _runs(self, begin: int, end: int) -> Iterator[tuple[slice, slice, slice]]:
         """Cut ``begin <= token < end`` into part of a group, whole groups, and part of a group.
@@ -275,26 +288,26 @@ class Pages:
         """Make the buffer `groups` long, or shorter; it stays as it was if there is no room."""
         have, page = min(len(self.buffer), groups), self.rows * self.group_size * (self.dim + self.v_dim)
         size = groups * page * self.dtype.itemsize
-        old = self._lease.held
-        if self.home.type == "cpu" and size > old:
-            # To be copied, old and new pages are there at once.
-            self._lease.resize(size if self._range is not None else size + old)
+        old, host = self._lease.held, self._range
+        if host is not None and host.need(size) > old:
+            self._lease.resize(host.need(size))
         try:
-            if self._range is not None:
+            if host is not None:
+                if host.moves(size):
+                    self._settle()
                 self.buffer = self.buffer[:0].clone()  # nothing may point there while it moves
-                self.buffer = self._shaped(self._range.resized(size, have * page * self.dtype.itemsize))
+                self.buffer = self._shaped(host.resized(size, have * page * self.dtype.itemsize))
             else:
                 larger = self._allocate(groups)
-                self._settle()
                 larger[:have] = self.buffer
                 self.buffer = larger
         except BaseException:
-            if self._range is not None:
-                self.buffer = self._shaped(self._range.bytes)
+            if host is not None:
+                self.buffer = self._shaped(host.bytes)
             self._lease.resize(old)
             raise
-        if self.home.type == "cpu":
-            self._lease.resize(size)
+        if host is not None:
+            self._lease.resize(host.committed)
         if self.place.poison or _torch_fills():
             _poison(self.buffer[have:])
 
@@ -303,15 +316,7 @@ class Pages:
 
     def _allocate(self, groups: int) -> Tensor:
         shape = (groups, self.rows, self.group_size * (self.dim + self.v_dim))
-        try:
-            return torch.empty(shape, dtype=self.dtype, device=self.home, pin_memory=self._pinned)
-        except RuntimeError as error:
-            if self.home.type != "cpu":
-                raise
-            # What CUDA reports is worded as if GPU memory had run out.
-            need = shape[0] * shape[1] * shape[2] * self.dtype.itemsize
-            what = "host RAM could not be pinned (RAM, not GPU memory, is short)"
-            raise StoreFullError(what, need, available_bytes(), "offload.host_budget") from error
+        return torch.empty(shape, dtype=self.dtype, device=self.home)
 
 
 def _torch_fills() -> bool:

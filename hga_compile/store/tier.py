@@ -32,19 +32,35 @@ class Tier(Protocol):
     The same groups give the same bits from every tier. A call that raises leaves what was stored before it.
     """
 
-    rows: int
-    """KV heads times batch."""
-    dim: int
-    """Channels of a key."""
-    v_dim: int
-    """Channels of a value."""
-    group_size: int
-    """Tokens of a group."""
     dtype: torch.dtype
-    compute: torch.device
-    """Where K/V come from and go to."""
-    kernels: Kernels
-    """What moves rows."""
+
+    @property
+    def rows(self) -> int:
+        """KV heads times batch."""
+
+    @property
+    def dim(self) -> int:
+        """Channels of a key."""
+
+    @property
+    def v_dim(self) -> int:
+        """Channels of a value."""
+
+    @property
+    def group_size(self) -> int:
+        """Tokens of a group."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's K and V in one row, as they are stored."""
+
+    @property
+    def compute(self) -> torch.device:
+        """Where K/V come from and go to."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """What moves rows."""
 
     def use(self, kernels: Kernels) -> None:
         """Move rows by what a profile asks for (`compile.kernels`)."""

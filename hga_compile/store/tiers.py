@@ -3,6 +3,8 @@
 import torch
 
 from hga_compile.configs.profile import Kernels, Offload
+from hga_compile.kernels.fp8 import EXTRA
+from hga_compile.store.fp8_pages import Fp8Pages
 from hga_compile.store.nvme import NvmePages
 from hga_compile.store.pages import Pages
 from hga_compile.store.storage_io import StorageIO
@@ -43,14 +45,22 @@ def make_tier(
     io : StorageIO or None
         File system of the `nvme` tier; None: the operating system's.
     """
+    if place.kv_dtype == "fp8":
+        rows, dim, v_dim, group_size = shape
+        plain = place.model_copy(update={"kv_dtype": "model"})
+        coded = (rows, dim, v_dim + EXTRA, group_size)
+        return Fp8Pages(make_tier(home, coded, torch.uint8, compute, kernels, plain, layer, io), dtype)
     if home == "nvme":
         return NvmePages(*shape, dtype, compute, kernels, place, layer, io)
     device = torch.device("cpu") if home == "host" else compute
     return Pages(*shape, dtype, compute, device, kernels, place)
 
 
-def is_at(tier: Tier, home: Home) -> bool:
-    """Say whether K/V of a tier live where `home` says."""
+def is_at(tier: Tier, home: Home, place: Offload) -> bool:
+    """Say whether K/V of a tier live where `home` says, and in the form that `place` says."""
+    if isinstance(tier, Fp8Pages) != (place.kv_dtype == "fp8"):
+        return False
+    tier = tier.coded if isinstance(tier, Fp8Pages) else tier
     if isinstance(tier, Pages):
         return home != "nvme" and tier.home == (torch.device("cpu") if home == "host" else tier.compute)
     return home == "nvme"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from store_cases import attend, place_of, rows_of, run_steps, site_of
 
-from hga_compile.store import Held, LayerStore, Pages, host_memory, pages
+from hga_compile.store import Held, LayerStore, Pages, host_memory, host_range
 from hga_compile.store.errors import StoreFullError
 from hga_compile.store.host_memory import HostMemory, Lease, available_bytes
 from hga_compile.store.host_range import HostRange
@@ -100,7 +100,22 @@ def test_this_machine_has_some_left() -> None:
 # --- growing ---
 
 
-def test_a_range_grows_in_place_and_keeps_its_bytes() -> None:
+def test_a_range_grows_where_it_is_and_keeps_its_bytes() -> None:
+    memory = HostRange()
+    first = memory.resized(10_000, 0)
+    first[:] = torch.arange(10_000).to(torch.uint8)
+    larger = memory.resized(50_000_000, 10_000)
+    assert larger.data_ptr() == first.data_ptr() and larger.numel() == 50_000_000
+    assert torch.equal(larger[:10_000], first)
+    larger[20_000:30_000] = 1
+    memory.resized(10_000, 10_000)
+    again = memory.resized(40_000, 10_000)
+    assert again.data_ptr() == first.data_ptr() and torch.equal(again[:10_000], first)
+    assert not again[20_480:30_000].any(), "the system had it meanwhile"
+
+
+def test_a_range_whose_addresses_are_used_up_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_range, "_SPAN", 2**16)
     memory = HostRange()
     first = memory.resized(10_000, 0)
     first[:] = torch.arange(10_000).to(torch.uint8)
@@ -215,29 +230,6 @@ def test_memory_of_a_cache_that_is_gone_counts_no_more(memory: HostMemory) -> No
     store = LayerStore()
     run_steps(store, parts, [300], site_of("host", place=place))
     assert store.length == 300
-
-
-def test_what_cannot_be_pinned_is_said_to_be_ram(monkeypatch: pytest.MonkeyPatch, memory: HostMemory) -> None:
-    made = Pages(2, 8, 8, 4, torch.float32, CPU, CPU)
-    key = torch.randn(2, 40, 8)
-    made.write(key, key, 0)
-    # As on a machine with a GPU.
-    monkeypatch.setattr(made, "_range", None)
-    monkeypatch.setattr(made, "_pinned", True)
-    before, taken = made.held(), memory.taken
-
-    def refuse(*args: object, **kwargs: object) -> torch.Tensor:
-        raise RuntimeError("CUDA error: out of memory")
-
-    monkeypatch.setattr(pages.torch, "empty", refuse)
-    with pytest.raises(
-        StoreFullError, match=r"could not be pinned \(RAM, not GPU memory, is short\)"
-    ) as refused:
-        made.reserve(10_000)
-    monkeypatch.undo()
-    assert "offload.host_budget" in str(refused.value)
-    assert made.held() == before and memory.taken == taken
-    assert torch.equal(made.read(0, 40)[0], key)
 
 
 def test_the_nvme_tier_takes_its_ram_from_the_budget_and_goes_on_without(memory: HostMemory) -> None:
