@@ -202,7 +202,7 @@ def headline(result: dict[str, Any]) -> str:
     }  # fmt: skip
     size = f" Weights: {max(weights) / 2**30:.2f} GiB, in 8 bits." if weights else ""
     return (
-        f"{markdown(tuple(headings), rows, 2)}\n\nMemory in GiB; GPU memory: the most that PyTorch took, with "
+        f"{markdown(tuple(headings), rows, 2)}\n\nIn GiB; GPU memory: the most that PyTorch took, with "
         f"a cap of {cap:g} GiB unless it says without.{size} Recorded routes: lists that a real checkpoint "
         "was routed to in the place of those that random weights come to."
     )
