@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
-from hga_compile.tuning.fit import TIERS, with_tier
+from hga_compile.tuning.fit import TIERS, fewest_ram_layers, with_tier
 from hga_compile.tuning.memory import MemoryPlan, Place, plan_memory
 
 __all__ = ["HOT_SHARES", "STEPS", "Defaults", "pick_defaults"]
@@ -27,6 +27,8 @@ class Defaults:
     step: int
     """Prompt tokens of a forward pass."""
     plan: MemoryPlan
+    ram_layers: int = 0
+    """Decoder layers whose weights have to lie in host RAM."""
 
 
 def pick_defaults(
@@ -43,8 +45,8 @@ def pick_defaults(
 
     The first of these that fits, with a margin: K/V in GPU memory, in host RAM with a hot cache, in host RAM
     without one, on files; each with the largest prefill step that goes with it, a step below 1,024 only
-    where no hot cache is left to give up. What a profile sets itself (a tier other than ``auto``, a hot
-    cache) stays.
+    where no hot cache is left to give up. Where nothing does, as few layers as possible have their weights in
+    host RAM. What a profile sets itself (a tier other than ``auto``, a hot cache) stays.
 
     Parameters
     ----------
@@ -65,25 +67,27 @@ def pick_defaults(
         If nothing fits, what comes nearest to it: `Defaults.plan` says so.
     """
 
-    def planned(candidate: Profile, tokens: int) -> Defaults:
-        given = {"batch": batch, "step": tokens, "weight_bytes": weight_bytes}
+    def planned(candidate: Profile, tokens: int, layers: int = 0) -> Defaults:
+        given = {"batch": batch, "step": tokens, "weight_bytes": weight_bytes, "ram_layers": layers}
         plan = plan_memory(card, gpu, candidate, context, **given)  # type: ignore[arg-type]  # one mapping for two types
-        return Defaults(candidate, tokens, plan)
+        return Defaults(candidate, tokens, plan, layers)
 
     def lacking(found: Defaults) -> int:
         return sum(max(0, found.plan.lacks(place)) for place in found.plan.room)
 
     margin = int(gpu.usable * _MARGIN)
     nearest: Defaults | None = None
-    for tier in _tiers(profile, gpu):
+    tiers = _tiers(profile, gpu)
+    for tier in tiers:
         if tier == "nvme" and nearest is not None and nearest.plan.lacks("host") <= 0:
             break  # it is GPU memory that is short, and files take as much of it
-        placed = with_tier(profile, tier)
+        placed = profile if len(tiers) == 1 else with_tier(profile, tier)
         for share in _shares(placed, gpu):
             offload = placed.offload.model_copy(update={"hot_cache": share})
             candidate = placed.model_copy(update={"offload": offload})
             # Smaller steps cost prefill; a hot cache is worth more than they are.
             steps = STEPS[:3] if share and profile.offload.hot_cache is None else STEPS
+            steps = steps if gpu.kind == "cuda" else STEPS[2:]  # on a CPU larger steps are no faster
             for tokens in steps if step is None else (step,):
                 found = planned(candidate, tokens)
                 if found.plan.fits and found.plan.lacks("gpu") <= -margin:
@@ -91,7 +95,9 @@ def pick_defaults(
                 if nearest is None or tier != nearest.plan.tier or lacking(found) <= lacking(nearest):
                     nearest = found
     assert nearest is not None  # there is a tier, and it has a step
-    return nearest
+    given = {"batch": batch, "step": nearest.step, "weight_bytes": weight_bytes, "margin": margin}
+    layers = fewest_ram_layers(card, gpu, nearest.profile, context, **given)  # type: ignore[arg-type]  # likewise
+    return nearest if not layers else planned(nearest.profile, nearest.step, layers)
 
 
 def _tiers(profile: Profile, gpu: GpuCard) -> tuple[Place, ...]:
