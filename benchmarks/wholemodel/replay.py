@@ -120,11 +120,9 @@ class Replay:
         # Of a step before the last one the window began earlier.
         length = self.recorded.tokens - (len(self.recorded.groups) - 1 - step)
         _, _, sinks, window = _parts(self.recorded.routing, length)
-        found = []
-        for stretch, head in enumerate(heads):
-            own = np.flatnonzero(self.recorded.groups[step, head, sinks:window]) + sinks
-            found.append(own[own < each] + stretch * each)
-        return np.concatenate(found)
+        # All stretches at once: there is a list for every row of every layer, and a step waits for them.
+        stretch, own = np.nonzero(self.recorded.groups[step, heads, sinks : min(window, each)])
+        return (own + sinks + stretch * each).astype(np.int64)
 
 
 def fitted(groups: NDArray[np.int64], count: int, low: int, high: int) -> NDArray[np.int64]:
@@ -134,14 +132,20 @@ def fitted(groups: NDArray[np.int64], count: int, low: int, high: int) -> NDArra
     """
     if not 0 <= count <= high - low:
         raise ValueError(f"{count} groups do not lie between {low} and {high}")
-    own = np.unique(groups[(groups >= low) & (groups < high)])
+    own = groups[(groups >= low) & (groups < high)]
+    own = own if bool((np.diff(own) > 0).all()) else np.unique(own)
     if len(own) > count:
         return own[np.linspace(0, len(own) - 1, count).round().astype(np.int64)] if count else own[:0]
-    while len(own) < count:
-        near = np.unique(np.concatenate([own + 1, own - 1, [low]]))
-        near = np.setdiff1d(near[(near >= low) & (near < high)], own)
-        own = np.union1d(own, near[: count - len(own)])
-    return own
+    if len(own) == count:
+        return own
+    marks = np.zeros(high - low, dtype=np.bool_)
+    marks[own - low] = True
+    for missing in iter(lambda: count - int(marks.sum()), 0):
+        near = np.zeros_like(marks)
+        near[1:], near[0] = marks[:-1], True
+        near[:-1] |= marks[1:]
+        marks[np.flatnonzero(near & ~marks)[:missing]] = True
+    return np.flatnonzero(marks) + low
 
 
 def _parts(routing: Routing, length: int) -> tuple[NDArray[np.int64], int, int, int]:
