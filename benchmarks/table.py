@@ -225,6 +225,40 @@ def summarize(result: dict[str, Any]) -> str:
     )
 
 
+def headline(result: dict[str, Any]) -> str:
+    """Whole models: memory by use, speed and traffic of each system at each context."""
+    headings = ["context", "what", "GPU memory", "K/V there", "index", "hot cache", "activations", "staging"]
+    headings += ["prefill, tokens/s", "ms a token", "p99", "MB over PCIe a token", "hits"]
+    rows = []
+    for point in result["points"]:
+        first = (str(point["context"]), point["label"])
+        if point["status"] != "ok":
+            told = point["status"] + (f" in {point['stage']}" if point["reached"] else "")
+            rows.append((*first, told, *["-"] * (len(headings) - 3)))
+            continue
+        sizes = ("reserved", "gpu_kv", "index", "hot", "activations", "staging")
+        memory = [f"{point['memory'][name] / 2**30:.2f}" for name in sizes]
+        rate = point["prefill"]["tokens_per_second"]
+        rows.append((*first, *memory, f"{rate:,.0f}" if rate else "-", *_token_times(point["decode"])))
+        if "decode_replayed" in point:
+            times = _token_times(point["decode_replayed"])
+            rows.append((first[0], "the same, recorded routes", *["-"] * 7, *times))
+    cap, weights = result["settings"]["cap"] / 2**30, {
+        point["memory"]["weights"] for point in result["points"] if point["status"] == "ok"
+    }  # fmt: skip
+    size = f" Weights: {max(weights) / 2**30:.2f} GiB, in 8 bits." if weights else ""
+    return (
+        f"{markdown(tuple(headings), rows, 2)}\n\nIn GiB; GPU memory: the most that PyTorch took, with "
+        f"a cap of {cap:g} GiB unless it says without.{size} Recorded routes: lists that a real checkpoint "
+        "was routed to in the place of those that random weights come to."
+    )
+
+
+def _token_times(run: dict[str, Any]) -> tuple[str, ...]:
+    hits = "-" if run["hit_rate"] is None else f"{run['hit_rate']:.0%}"
+    return (f"{run['median_ms']:.2f}", f"{run['p99_ms']:.2f}", f"{run['pcie_bytes'] / 1e6:.1f}", hits)
+
+
 def _sparse(case: dict[str, Any]) -> dict[str, str]:
     """Return the times of peers that read a share of the K/V, as text."""
     times = {name: f"{time:.1f}" for name, time in case.get("sparse", {}).items()}
@@ -240,6 +274,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "offload": offload,
     "prefill_attention": prefill_attention,
     "summarize": summarize,
+    "headline": headline,
 }
 
 

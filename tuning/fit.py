@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.catalogue import gpu_cards
 from hga_compile.configs.profile import Profile
-from hga_compile.tuning.memory import MemoryPlan, Place, plan_memory
+from hga_compile.tuning.memory import MemoryPlan, Place, layer_bytes, plan_memory
 
-__all__ = ["TIERS", "Remedy", "longest_context", "remedies", "with_tier"]
+__all__ = ["TIERS", "Remedy", "fewest_ram_layers", "longest_context", "remedies", "with_tier"]
 
 TIERS: tuple[Place, ...] = ("gpu", "host", "nvme")
 # Contexts are told in steps of this, which is finer than anyone chooses.
@@ -35,7 +35,7 @@ def with_tier(profile: Profile, tier: Place) -> Profile:
 
 def longest_context(
     card: ModelCard, gpu: GpuCard, profile: Profile, *, batch: int = 1, step: int = 1024,
-    weight_bytes: int | None = None,
+    weight_bytes: int | None = None, ram_layers: int = 0,
 ) -> int:  # fmt: skip
     """Return the longest context that fits, in tokens, a multiple of 1,024; 0: not even that much does.
 
@@ -43,8 +43,8 @@ def longest_context(
     """
 
     def fits(context: int) -> bool:
-        plan = plan_memory(card, gpu, profile, context, batch=batch, step=step, weight_bytes=weight_bytes)
-        return plan.fits
+        given = {"batch": batch, "step": step, "weight_bytes": weight_bytes, "ram_layers": ram_layers}
+        return plan_memory(card, gpu, profile, context, **given).fits  # type: ignore[arg-type]  # one mapping for two types
 
     low, high = 0, _MOST
     if fits(high):
@@ -55,9 +55,28 @@ def longest_context(
     return low
 
 
+def fewest_ram_layers(
+    card: ModelCard, gpu: GpuCard, profile: Profile, context: int, *, batch: int = 1, step: int = 1024,
+    weight_bytes: int | None = None, margin: int = 0,
+) -> int | None:  # fmt: skip
+    """Return of how few decoder layers the weights must lie in host RAM for all to fit.
+
+    `margin` bytes of the GPU are left free. None: no number of layers makes it fit.
+    """
+
+    def fits(layers: int) -> bool:
+        given = {"batch": batch, "step": step, "weight_bytes": weight_bytes, "ram_layers": layers}
+        plan = plan_memory(card, gpu, profile, context, **given)  # type: ignore[arg-type]  # one mapping for two types
+        return plan.fits and plan.lacks("gpu") <= -margin
+
+    if gpu.kind == "cpu":
+        return 0 if fits(0) else None
+    return next((layers for layers in range(card.geometry.layers + 1) if fits(layers)), None)
+
+
 def remedies(
     card: ModelCard, gpu: GpuCard, profile: Profile, plan: MemoryPlan, *, batch: int = 1, step: int = 1024,
-    weight_bytes: int | None = None,
+    weight_bytes: int | None = None, ram_layers: int = 0,
 ) -> list[Remedy]:  # fmt: skip
     """Return single changes with which the model fits at the plan's context, the least costly first."""
     if plan.fits:
@@ -65,7 +84,8 @@ def remedies(
     found, context = [], plan.context
 
     def fits(with_profile: Profile = profile, on: GpuCard = gpu, **other: int | None) -> bool:
-        given: dict[str, int | None] = {"batch": batch, "step": step, "weight_bytes": weight_bytes, **other}
+        given: dict[str, int | None] = {"batch": batch, "step": step, "weight_bytes": weight_bytes}
+        given |= {"ram_layers": ram_layers, **other}
         return plan_memory(card, on, with_profile, context, **given).fits  # type: ignore[arg-type]  # one mapping for three types
 
     for tier in TIERS[TIERS.index(plan.tier) + 1 :]:
@@ -82,7 +102,15 @@ def remedies(
         if size < (weight_bytes or card.weight_bytes()) and fits(weight_bytes=size):
             found.append(Remedy(f"weights in {bits} bits", f"{size / 2**30:.1f} GiB of weights"))
             break
-    longest = longest_context(card, gpu, profile, batch=batch, step=step, weight_bytes=weight_bytes)
+    layers = fewest_ram_layers(card, gpu, profile, context, batch=batch, step=step, weight_bytes=weight_bytes)
+    if layers is not None and layers > ram_layers:
+        size = layers * layer_bytes(card, weight_bytes)
+        slower = f"at least {1e3 * size / gpu.host_bandwidth.value:,.0f} ms more a pass"
+        why = f"{size / 2**30:.1f} GiB of weights in host RAM, by accelerate; {slower}"
+        found.append(Remedy(f"--ram-layers {layers}", why))
+    longest = longest_context(
+        card, gpu, profile, batch=batch, step=step, weight_bytes=weight_bytes, ram_layers=ram_layers
+    )
     if longest:
         found.append(Remedy(f"--context {longest}", "the longest that fits as it is"))
     larger = [other for other in gpu_cards().values() if other.kind == "cuda" and other.usable > gpu.usable]

@@ -10,7 +10,7 @@ from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
 from hga_compile.tuning.sizes import arrivals, file_sizes, hot_bytes, index_bytes, page_bytes, stored_bytes
 
-__all__ = ["MemoryPlan", "Part", "Place", "plan_memory"]
+__all__ = ["MemoryPlan", "Part", "Place", "layer_bytes", "plan_memory"]
 
 Place = Literal["gpu", "host", "nvme"]
 
@@ -35,6 +35,9 @@ class MemoryPlan:
     """Bytes that may be used, by place."""
     tier: Place
     context: int
+    max_memory: dict[int | str, int] | None = None
+    """What `from_pretrained(device_map="auto")` is given so that it places the weights like this; None: all
+    are on the GPU."""
 
     def used(self, place: Place) -> int:
         """Return the bytes used in a place."""
@@ -64,6 +67,7 @@ def plan_memory(
     batch: int = 1,
     step: int = 1024,
     weight_bytes: int | None = None,
+    ram_layers: int = 0,
 ) -> MemoryPlan:
     """Plan the memory of one model, profile and context.
 
@@ -79,13 +83,16 @@ def plan_memory(
         Prompt tokens of a forward pass.
     weight_bytes : int or None
         Of the checkpoint as it is loaded; None: as the catalogue says.
+    ram_layers : int
+        Decoder layers whose weights lie in host RAM, from which accelerate brings them to the GPU in every
+        pass, one after the other.
     """
     shape, routing, offload = card.geometry, profile.routing, profile.offload
     place, item = _home(profile, gpu), 2 if gpu.kind == "cuda" else 4
     rows, row = batch * shape.kv_heads, 2 * shape.head_dim * item
     stored = stored_bytes(offload, row, shape.head_dim)
     step = min(step, context)
-    parts = [_weights(card, gpu, weight_bytes)]
+    parts = _weights(card, gpu, weight_bytes, ram_layers)
     pages = index = dense = hot = tails = 0
     slots: dict[int, int] = {}
     tokens = _arrivals(context, step)
@@ -129,7 +136,7 @@ def plan_memory(
         parts.append(
             Part("staging", "gpu", staging, "one layer's history, twice, while a prefill step reads it")
         )
-    room = _room(gpu, profile, place)
+    room = _room(gpu, profile, place, ram_layers)
     if place == "nvme":
         # A layer's pages on their way, and its last block.
         parts.append(Part("buffers", "host", 2 * context * rows * row, "one layer's history, twice"))
@@ -140,19 +147,48 @@ def plan_memory(
         parts.append(
             Part("cache of pages", "host", min(cache, left), "offload.nvme_cache, at most what is left")
         )
-    return MemoryPlan(tuple(parts), room, place, context)
+    given: dict[int | str, int] | None = None
+    if ram_layers:
+        # accelerate leaves room for the largest layer on a GPU that others are brought to; with a layer more
+        # in RAM what it counts otherwise (norms, biases) does not go to a drive.
+        there, moving, beside = (part.bytes for part in parts if part.name.startswith("weights"))
+        given = {0: there + moving, "cpu": beside + moving}
+    return MemoryPlan(tuple(parts), room, place, context, given)
 
 
-def _weights(card: ModelCard, gpu: GpuCard, size: int | None) -> Part:
+def layer_bytes(card: ModelCard, weight_bytes: int | None = None) -> int:
+    """Return the bytes of one decoder layer's weights.
+
+    Parameters
+    ----------
+    card : ModelCard
+        The model.
+    weight_bytes : int or None
+        Of the checkpoint as it is loaded; None: as the catalogue says.
+    """
+    shape, whole = card.geometry, card.weight_bytes()
+    inside = whole - shape.embedding_parameters * card.weights.other_bits / 8
+    return round(inside / shape.layers * (weight_bytes or whole) / whole)
+
+
+def _weights(card: ModelCard, gpu: GpuCard, size: int | None, ram_layers: int) -> list[Part]:
     """Weights stay as they are stored; a CPU runs in 32 bits."""
-    if size is not None:
-        return Part("weights", "gpu", size, "the checkpoint's files")
-    if gpu.kind == "cpu":
-        return Part("weights", "gpu", card.geometry.parameters * 4, "all parameters in 32 bits")
-    how = f"{card.geometry.parameters / 1e9:.2f}B parameters"
-    if card.weights.quantised != "none":
-        how += f", {card.weights.bits:g} bits ({card.weights.quantised})"
-    return Part("weights", "gpu", card.weight_bytes(), how)
+    if gpu.kind == "cpu" and size is None:
+        size, how = card.geometry.parameters * 4, "all parameters in 32 bits"
+    elif size is not None:
+        how = "the checkpoint's files"
+    else:
+        size, how = card.weight_bytes(), f"{card.geometry.parameters / 1e9:.2f}B parameters"
+        if card.weights.quantised != "none":
+            how += f", {card.weights.bits:g} bits ({card.weights.quantised})"
+    if not ram_layers:
+        return [Part("weights", "gpu", size, how)]
+    layers, layer = card.geometry.layers, layer_bytes(card, size)
+    return [
+        Part("weights", "gpu", size - ram_layers * layer, f"{how}; {layers - ram_layers} of {layers} layers"),
+        Part("weights on their way", "gpu", layer, "one layer's, while it runs"),
+        Part("weights in RAM", "host", ram_layers * layer, f"{ram_layers} of {layers} layers"),
+    ]
 
 
 def _home(profile: Profile, gpu: GpuCard) -> Place:
@@ -160,9 +196,9 @@ def _home(profile: Profile, gpu: GpuCard) -> Place:
     return "gpu" if gpu.kind == "cpu" and home != "nvme" else home  # a CPU has one memory
 
 
-def _room(gpu: GpuCard, profile: Profile, place: Place) -> dict[Place, int]:
+def _room(gpu: GpuCard, profile: Profile, place: Place, ram_layers: int) -> dict[Place, int]:
     room: dict[Place, int] = {"gpu": gpu.usable}
-    if place == "gpu":
+    if place == "gpu" and not ram_layers:
         return room
     # A quarter is the system's, and whatever loads the weights.
     room["host"] = min(gpu.host_memory.value * 3 // 4, profile.offload.host_budget or gpu.host_memory.value)

@@ -78,8 +78,39 @@ def find_checkpoint(
     return Checkpoint(hub.snapshot(model, weights=weights, say=say))
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+def load_config(checkpoint: Checkpoint) -> Any:
+    """Load the configuration of a causal language model.
+
+    Raises
+    ------
+    BadInputError
+        If there is none that can be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(**checkpoint.source)
+    except Exception as error:
+        raise _unusable(checkpoint, error) from error
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: dict[int | str, int] | None = None,
+) -> Any:
     """Load a causal language model for inference; no remote code is ever run.
+
+    Parameters
+    ----------
+    checkpoint
+        What to load.
+    device, dtype
+        Where and as what the weights are loaded.
+    max_memory
+        Bytes of weights by place, as accelerate takes it: those that the device has no room for stay in host
+        RAM, from which they are brought to it in every pass. None: all of them are on the device.
 
     Raises
     ------
@@ -89,7 +120,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     from transformers import AutoModelForCausalLM
 
     # Straight to the accelerator: the host never holds the whole model.
-    placed = {"device_map": {"": device}} if device.type == "cuda" else {}
+    placed: dict[str, Any] = {"device_map": {"": device}} if device.type == "cuda" else {}
+    if max_memory is not None:
+        placed = {"device_map": "auto", "max_memory": max_memory}
     try:
         model = AutoModelForCausalLM.from_pretrained(**checkpoint.source, dtype=dtype, **placed)
     except Exception as error:
@@ -115,12 +148,9 @@ def random_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
         If the configuration describes no causal language model, or has fewer layers.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(**checkpoint.source)
-    except Exception as error:
-        raise _unusable(checkpoint, error) from error
+    config = load_config(checkpoint)
     text = config.get_text_config(decoder=True)
     if layers is not None:
         if layers > text.num_hidden_layers:

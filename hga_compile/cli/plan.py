@@ -49,6 +49,12 @@ def plan(
     prefill_step: Annotated[
         int, typer.Option("--prefill-step", min=1, help="Prompt tokens a forward pass.")
     ] = 1024,
+    ram_layers: Annotated[
+        int,
+        typer.Option(
+            "--ram-layers", min=0, help="Decoder layers whose weights stay in host RAM (accelerate)."
+        ),
+    ] = 0,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -69,7 +75,11 @@ def plan(
     if tier is not None:
         settings = with_tier(settings, tier.value)
     tokens = context or card.context.max_tokens
-    given = {"batch": batch, "step": prefill_step}
+    if ram_layers > card.geometry.layers:
+        raise BadInputError(f"{card.name} has {card.geometry.layers} layers, got {ram_layers} (--ram-layers)")
+    if ram_layers and device.kind == "cpu":
+        raise BadInputError("a CPU has one memory: --ram-layers is for a GPU (--gpu)")
+    given = {"batch": batch, "step": prefill_step, "ram_layers": ram_layers}
     found = plan_memory(card, device, settings, tokens, **given)
     result: dict[str, Any] = {
         "model": card.name,
@@ -94,6 +104,7 @@ def describe(plan: MemoryPlan) -> dict[str, Any]:
     return {
         "tier": plan.tier,
         "fits": plan.fits,
+        "max_memory": plan.max_memory,
         "parts": [vars(part) for part in plan.parts],
         "places": {
             place: {"used": plan.used(place), "room": room, "spare": -plan.lacks(place)}
@@ -119,6 +130,11 @@ def _print(result: dict[str, Any]) -> None:
         spare = numbers["spare"]
         verdict = f"{size(spare)} to spare" if spare >= 0 else f"{size(-spare)} too much"
         out.print(f"{places[place]}: {size(numbers['used'])} of {size(numbers['room'])}, {verdict}")
+    if result["max_memory"]:
+        room = ", ".join(
+            f'{place!r}: "{-(-held // 2**20)}MiB"' for place, held in result["max_memory"].items()
+        )
+        out.print(f'Weights: from_pretrained(..., device_map="auto", max_memory={{{room}}})', soft_wrap=True)
     if result["fits"]:
         out.print(f"It fits; the most that does is {result['longest_context']:,} tokens.")
     else:

@@ -10,6 +10,7 @@ from hga_compile.cli import checkpoint, options
 from hga_compile.cli.engine import Dense, Engine, Routed
 from hga_compile.cli.errors import BadInputError, guarded
 from hga_compile.cli.output import note, print_json, progress, quiet_bars, quiet_libraries, status
+from hga_compile.cli.planned import Wanted, plan_run
 from hga_compile.cli.prompt import Stream, encode, read_prompt
 from hga_compile.cli.usage import summary
 
@@ -32,13 +33,18 @@ def run(
             "--chat/--no-chat", help="Use the chat template, or not.", show_default="if the model has one"
         ),
     ] = None,
-    prefill_step: Annotated[int, typer.Option(min=1, help="Prompt tokens a forward pass.")] = 1024,
+    prefill_step: Annotated[
+        int | None, typer.Option(min=1, help="Prompt tokens a forward pass.", show_default="by hga plan")
+    ] = None,
     device: options.Device = "auto",
     dtype: options.DTypeChoice = options.DType.auto,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Continue a prompt and stream the text to stdout.
+
+    Where the K/V go, a hot cache, the prefill step, and on a GPU that is too small the layers whose weights
+    stay in host RAM: what neither the command nor the profile says is picked so that it fits by `hga plan`.
 
     A summary with speed, attended tokens and the places of the K/V follows on stderr.
     """
@@ -51,18 +57,24 @@ def run(
     files = checkpoint.find_checkpoint(model, say=note)
     if not debug:
         quiet_libraries()
+    kind = options.pick_dtype(dtype, place)
     with status("loading the model"):
         tokenizer = checkpoint.load_tokenizer(files)
-        loaded = checkpoint.load_model(files, place, options.pick_dtype(dtype, place))
-    ids = encode(tokenizer, prompt, chat).to(place)
+        ids = encode(tokenizer, prompt, chat).to(place)
+        given = Wanted(chosen, ids.shape[1] + max_new_tokens, prefill_step)
+        planned = plan_run(checkpoint.load_config(files), place, kind, given)
+        loaded = checkpoint.load_model(files, place, kind, planned.max_memory)
+    for line in planned.notes:
+        note(line)
     _note_length(loaded, ids.shape[1] + max_new_tokens)
-    engine: Engine = Dense(loaded) if chosen is None else Routed(loaded, chosen)
+    engine: Engine = Dense(loaded) if planned.profile is None else Routed(loaded, planned.profile)
     stream = None if as_json else Stream(tokenizer)
     result = {
-        **generate(engine, tokenizer, ids, limit=max_new_tokens, step=prefill_step, stream=stream),
+        **generate(engine, tokenizer, ids, limit=max_new_tokens, step=planned.step, stream=stream),
         "device": str(place),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "profile": None if chosen is None else chosen.name,
+        "plan": planned.to_dict(),
     }
     if as_json:
         print_json(result)

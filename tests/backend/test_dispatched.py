@@ -59,6 +59,14 @@ def on_disk(model, folder):
     ).eval()
 
 
+def spread(model, folder, share, **more):
+    """The model again, spread by accelerate: where memory holds a share of its weights, the rest in files."""
+    model.save_pretrained(folder / "model")
+    room = {"cpu": int(share * sum(part.nbytes for part in model.parameters()))} | more
+    placed = {"device_map": "auto", "max_memory": room, "offload_folder": folder / "offload"}
+    return AutoModelForCausalLM.from_pretrained(folder / "model", **placed, dtype=torch.float32).eval()
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     # Of gpt-oss all experts: which are best may depend on the last bit.
@@ -127,6 +135,32 @@ def test_weights_on_disk_give_the_same_logits(tmp_path):
     offloaded = on_disk(plain, tmp_path)
     assert offloaded.model.layers[1].mlp.up_proj.weight.device.type == "meta"
     assert largest(compiled(offloaded), plain) < 1e-4
+    assert Reason.ROUTED in reasons()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama", "Qwen3-MoE"])
+def test_layers_that_max_memory_sends_elsewhere_give_the_same_tokens(name, tmp_path):
+    plain = build(FAMILIES[name])
+    model = spread(plain, tmp_path, 0.7)
+    assert {"cpu", "disk"} == set(model.hf_device_map.values())
+    settings = {"attention_mask": PADDED, "max_new_tokens": 6, "do_sample": False}
+    got = compiled(model).generate(WHOLE[:, :12], **settings)
+    assert torch.equal(got, plain.generate(WHOLE[:, :12], **settings))
+    assert Reason.ROUTED in reasons()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_layers_in_ram_and_kv_in_ram_give_the_same_tokens_on_a_gpu(tmp_path):
+    plain = build(FAMILIES["Llama"], num_hidden_layers=4)
+    size = sum(part.nbytes for part in plain.parameters())
+    model = spread(plain, tmp_path, 2.0, **{0: int(0.9 * size)})
+    assert {0, "cpu"} <= set(model.hf_device_map.values())
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    expected = plain.cuda().generate(WHOLE[:, :12].cuda(), **settings)
+    got = compiled(model, tier="host").generate(WHOLE[:, :12].cuda(), **settings)
+    assert torch.equal(got, expected)
     assert Reason.ROUTED in reasons()
 
 

@@ -30,7 +30,10 @@ def test_each_remedy_does_make_it_fit():
     found = {
         remedy.change.split()[0]: remedy.change.split()[-1] for remedy in remedies(card, gpu, profile, plan)
     }
-    assert found.keys() == {"--tier", "weights", "--context", "--gpu"}
+    assert found.keys() == {"--tier", "weights", "--ram-layers", "--context", "--gpu"}
+    layers = int(found["--ram-layers"])
+    assert plan_memory(card, gpu, profile, 131072, ram_layers=layers).fits
+    assert not plan_memory(card, gpu, profile, 131072, ram_layers=layers - 1).fits
     assert plan_memory(card, gpu, with_tier(profile, found["--tier"]), 131072).fits
     assert plan_memory(card, gpu, profile, int(found["--context"])).fits
     assert plan_memory(card, gpu_card(found["--gpu"]), profile, 131072).fits

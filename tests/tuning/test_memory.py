@@ -17,7 +17,7 @@ from hga_compile.kernels.site import SiteConfig
 from hga_compile.store import LayerStore
 from hga_compile.store.nvme import NvmePages
 from hga_compile.store.pages import Pages
-from hga_compile.tuning.memory import plan_memory
+from hga_compile.tuning.memory import layer_bytes, plan_memory
 from hga_compile.tuning.sizes import arrivals, file_sizes, hot_bytes, index_bytes, page_bytes
 
 ROWS, HEADS, DIM = 2, 2, 32
@@ -103,6 +103,40 @@ def test_a_layers_file_and_last_block_are_as_large_as_computed(group_size, page,
     assert held.nvme == filed.file > 0
     # What is left is in the cache of pages.
     assert 0 <= held.host - filed.tail <= 2 * filed.page
+
+
+@pytest.mark.parametrize("ram_layers", [1, 3, 6])
+def test_accelerate_places_the_weights_as_planned(ram_layers):
+    from accelerate import infer_auto_device_map
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from hga_compile.tuning.target import card_of_config
+
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, vocab_size=1000,
+        tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    card = card_of_config(config.to_dict(), "m", "a config")
+    plan = plan_memory(card, gpu_card("rtx4090"), load_profile("default"), 4096, ram_layers=ram_layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    places = infer_auto_device_map(model, plan.max_memory, model._no_split_modules)
+    layers = [place for name, place in places.items() if ".layers." in name]
+    assert set(places.values()) == {0, "cpu"}
+    # The output layer comes last: it goes where the last layers go.
+    assert ram_layers - 2 <= layers.count("cpu") <= ram_layers
+
+
+def test_weights_in_ram_take_ram_and_leave_the_gpu():
+    card, gpu, profile = model_card("qwen3-30b"), gpu_card("rtx4090"), load_profile("default")
+    plain, split = (plan_memory(card, gpu, profile, 65536, ram_layers=layers) for layers in (0, 13))
+    layer = layer_bytes(card)
+    assert plain.max_memory is None
+    assert plain.used("gpu") - split.used("gpu") == 12 * layer
+    assert split.used("host") - plain.used("host") == 13 * layer
+    whole = card.geometry.layers * layer
+    assert abs(card.weight_bytes() - whole - card.geometry.embedding_parameters * 2) < card.geometry.layers
+    assert layer_bytes(card, 2 * card.weight_bytes()) == pytest.approx(2 * layer, abs=1)
 
 
 def test_passes_are_the_prompts_steps_and_then_single_tokens():

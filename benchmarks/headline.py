@@ -1,0 +1,224 @@
+"""A whole model in the shape of Qwen3-30B-A3B under a cap on GPU memory: hga beside five dense caches.
+
+    python benchmarks/headline.py                                        # all; goes on where it stopped
+    python benchmarks/headline.py --systems hga,dense --contexts 65536   # a part, merged into the same file
+    python benchmarks/headline.py --shape tiny --device cpu --dtype float32 --contexts 1024 --json out.json
+
+Weights are random, in 8-bit floats with one scale a row where the model's 8-bit checkpoint has 8 bits; memory
+and speed do not depend on their values. Paging does: random weights are routed to nothing in particular. So
+`--replay FILE` decodes a second time, with lists that a real checkpoint was routed to (`record_routes.py`).
+
+For each system and context: prefill in steps, then decode, one token after the other, each read by the host
+before the next. A system that runs out of memory says so, which is a result. Each point is written when it is
+done; `--limit` bounds its time, and a later call goes on with those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, environment
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+from wholemodel.measuring import Plan, measure
+from wholemodel.picture import draw
+from wholemodel.replay import Replay
+from wholemodel.results import Results
+from wholemodel.shape import SHAPES, build, config_of, weight_bytes
+from wholemodel.systems import SYSTEMS, Hga, Setup
+
+from hga_compile.configs.cards import ModelCard
+from hga_compile.configs.catalogue import gpu_card
+from hga_compile.configs.loader import resolve_profile
+from hga_compile.configs.profile import Profile
+from hga_compile.tuning.defaults import pick_defaults
+from hga_compile.tuning.target import card_of_config
+
+WHOLE = 65536  # tokens a step of a dense prefill whose memory is not capped: the more, the faster
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = found.add_argument
+    add("--shape", default="qwen3-30b", choices=SHAPES)
+    add("--layers", type=int, help="the shape with its first so many layers, for trying")
+    add("--systems", default=",".join(SYSTEMS), help=f"some of {','.join(SYSTEMS)}")
+    add("--contexts", default="16384,65536,131072,262144", help="tokens of the prompt")
+    add("--cap", type=float, default=32.0, help="GiB of GPU memory for the systems that are capped")
+    add("--steps", type=int, default=256, help="decoded tokens that are timed")
+    add("--warmup", type=int, default=16, help="decoded tokens before these")
+    add("--step", type=int, help="prompt tokens a forward pass (default: by `hga plan`)")
+    add("--profile", default="default", help="of hga")
+    add("--set", action="append", default=[], metavar="FIELD=JSON", help="a setting of hga")
+    add(
+        "--inner",
+        default="inductor",
+        choices=("inductor", "eager"),
+        help="compiles all but attention",
+    )
+    add("--replay", type=Path, action="append", default=[], metavar="FILE", help="recorded routes")
+    add("--limit", type=float, default=300.0, help="seconds for each point")
+    add("--fresh", action="store_true", help="forget the points in the file")
+    add("--device", default="cuda")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    add("--json", type=Path, default=RESULTS / "headline.json")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("a CUDA device wanted, got none (--device cpu tries the command out)", file=sys.stderr)
+        return 1
+    names = [name for name in options.systems.split(",") if name]
+    unknown = [name for name in names if name not in SYSTEMS]
+    if unknown:
+        raise SystemExit(f"--systems has {', '.join(SYSTEMS)}, got {', '.join(unknown)}")
+    contexts = sorted(int(context) for context in options.contexts.split(","))
+    config = config_of(options.shape, options.layers)
+    cap = int(options.cap * 2**30)
+    header, results = _results(options, config, cap)
+    code = str(header["environment"]["code"])
+    todo = [
+        (name, context)
+        for context in contexts
+        for name in SYSTEMS
+        if name in names and not results.has(name, context, code)
+    ]
+    if not todo:
+        print("every point is there already: --fresh measures them again", file=sys.stderr)
+    else:
+        _run(options, config, device, cap, todo, results, code)
+    draw(results.points, options.json.with_suffix(".png"), cap if device.type == "cuda" else None)
+    show(results.points, str(header["environment"]["device"]))
+    print(f"saved to {os.path.relpath(options.json)} and .png")
+    return 0
+
+
+def _results(options: argparse.Namespace, config: Any, cap: int) -> tuple[dict[str, Any], Results]:
+    keys = ("steps", "warmup", "profile", "set", "inner", "dtype")
+    settings = {key: getattr(options, key) for key in keys}
+    settings |= {"cap": cap, "replay": [path.name for path in options.replay]}
+    card = _card(config, options.shape)
+    layers = "" if options.layers is None else f", {options.layers} layers"
+    facts = {
+        "name": f"random weights, the shape of {options.shape}{layers}",
+        **card.geometry.model_dump(mode="json"),
+    }
+    header = {
+        "benchmark": "headline",
+        "environment": environment(options.device),
+        "model": facts,
+        "settings": settings,
+    }
+    return header, Results(options.json, header, options.fresh)
+
+
+def _run(
+    options: argparse.Namespace, config: Any, device: torch.device, cap: int, todo: list[tuple[str, int]],
+    results: Results, code: str,
+) -> None:  # fmt: skip
+    torch._dynamo.config.recompile_limit = 64
+    model = build(config, device, getattr(torch, options.dtype))
+    longest = max(context for _, context in todo)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, longest), generator=generator).to(device)
+    for name, context in todo:
+        entry = SYSTEMS[name]
+        profile, step = _settings(options, model, config, context, cap if entry.capped else None)
+        plan = Plan(step, options.steps, options.warmup, options.limit, cap)
+        pairs = (setting.split("=", 1) for setting in options.set)
+        given = {key: json.loads(value) for key, value in pairs}
+        setup = Setup(context, plan.new, profile, given, options.inner)
+        print(f"{name} at {context:,} tokens, {step:,} a step", file=sys.stderr)
+        maker = _replay_maker(options.replay, context + plan.new) if entry.routed else None
+        point = measure(entry, model, ids[:, :context], setup, plan, maker)
+        about = {"system": name, "label": entry.label, "context": context, "order": list(SYSTEMS).index(name)}
+        about |= {"capped": entry.capped, "code": code, "hot_cache": profile.offload.hot_cache}
+        results.add(about | point)
+        print(f"  {point['status']} {point['reason']}, {point['seconds']:.0f} s", file=sys.stderr)
+
+
+def _settings(
+    options: argparse.Namespace, model: PreTrainedModel, config: Any, context: int, cap: int | None
+) -> tuple[Profile, int]:
+    """Return what `hga run` would pick under the cap: the hot cache and the prefill step."""
+    profile = resolve_profile({"profile": options.profile, "offload.tier": "host"})
+    if cap is None:
+        return profile, options.step or min(WHOLE, context)
+    memory = gpu_card("rtx5090").memory.model_copy(update={"value": cap})
+    reserved = gpu_card("rtx5090").reserved.model_copy(update={"value": 1})
+    # The host memory is this machine's own affair: what it has not got is found out by running.
+    card = gpu_card("rtx5090").model_copy(update={"memory": memory, "reserved": reserved})
+    host = card.host_memory.model_copy(update={"value": 2**40})
+    card = card.model_copy(update={"host_memory": host})
+    picked = pick_defaults(
+        _card(config, options.shape), card, profile, context, step=options.step,
+        weight_bytes=weight_bytes(model),
+    )  # fmt: skip
+    return picked.profile, picked.step
+
+
+def _card(config: Any, name: str) -> ModelCard:
+    return card_of_config(config.to_dict(), name, "the benchmark's own config")
+
+
+def _replay_maker(paths: list[Path], length: int) -> Any:
+    """Return what makes the lists of a routed system, of the longest recording that is short enough."""
+    if not paths:
+        return None
+    from recorded import Recording
+
+    recordings = [Recording.load(path) for path in paths]
+    fit = [one for one in recordings if one.tokens <= length] or recordings
+    chosen = max(fit, key=lambda one: one.tokens)
+
+    def make(system: Hga) -> Replay:
+        config = system.model.config
+        layers, rows = config.num_hidden_layers, config.num_key_value_heads
+        routing = system.profile.routing
+        return Replay(chosen, layers, rows, length, routing, system.model.device)
+
+    return make
+
+
+def show(points: list[dict[str, Any]], device: str) -> None:
+    """Print a row a point."""
+    table = Table(title=f"a whole model, {device}")
+    for heading in (
+        "context",
+        "system",
+        "GPU GiB",
+        "prefill tokens/s",
+        "ms a token",
+        "p99",
+        "MB over PCIe",
+        "hits",
+    ):
+        table.add_column(heading, justify="left" if heading == "system" else "right")
+    for point in points:
+        first = (str(point["context"]), point["label"])
+        if point["status"] != "ok":
+            table.add_row(*first, f"{point['status']} in {point['stage']} at {point['reached']:,}")
+            continue
+        rate = point["prefill"]["tokens_per_second"]
+        near = (f"{point['memory']['reserved'] / 2**30:.2f}", f"{rate:,.0f}" if rate else "-")
+        for key in ("decode", "decode_replayed"):
+            if key in point:
+                run = point[key]
+                hits = "-" if run["hit_rate"] is None else f"{run['hit_rate']:.0%}"
+                times = (f"{run['median_ms']:.2f}", f"{run['p99_ms']:.2f}", f"{run['pcie_bytes'] / 1e6:.1f}")
+                table.add_row(*(first if key == "decode" else ("", "  recorded routes")), *near, *times, hits)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
