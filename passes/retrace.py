@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hga_compile.passes.dispatched import without_dispatched
 from hga_compile.passes.flatten import Leaf, flatten, inputs_of, leaves_of, unflatten
 from hga_compile.passes.vmaps import without_vmap
 
@@ -58,8 +59,9 @@ def retrace(graph: GraphModule) -> GraphModule:
     previous, context.fake_mode = context.fake_mode, fake
     try:
         with fake, torch.fx.traceback.preserve_node_meta():
-            plain = without_vmap(graph, lambda part, given: _traced(torch.fx.Interpreter(part).run, given))
-            return _traced(_unwrapped(plain, inputs, leaves), flat, pre_dispatch=True)
+            plain = without_dispatched(without_vmap(graph, _traced), _traced)
+            inputs = inputs_of(plain)
+            return _traced(_unwrapped(plain, inputs, leaves_of(inputs)), flat, pre_dispatch=True)
     finally:
         context.fake_mode = previous
 
