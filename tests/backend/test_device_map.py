@@ -11,13 +11,18 @@ import hga_compile
 pytestmark = pytest.mark.usefixtures("recompile")
 
 
-def generated(model, options=TIGHT, new=2):
-    """Tokens, and which layers were decided about how."""
+# Some versions of transformers hand a layer's graph a mask made outside of it, which cannot be proven.
+OPTIONS = TIGHT | {"routing.prefill": "dense"}
+
+
+def generated(model, options=OPTIONS, new=4):
+    """Tokens, and which layers were decided about how in decode."""
     torch._dynamo.reset()
     hga_compile.reset_report(sites=True)
     compiled = torch.compile(model, backend="hga", options=options)
     out = compiled.generate(tokens(1, 40), max_new_tokens=new, do_sample=False)
-    return out, {(site.layer, str(site.reason)) for site in hga_compile.report().sites}
+    sites = (site for site in hga_compile.report().sites if site.phase == "decode")
+    return out, {(site.layer, str(site.reason)) for site in sites}
 
 
 def hooked(model):
@@ -29,11 +34,12 @@ def hooked(model):
 
 def test_layers_with_hooks_of_their_own_are_routed_by_their_own_settings():
     # The last of all layers: a graph of one layer must know its number and how many there are.
-    options = TIGHT | {"routing.dense_layers": [-1]}
+    options = OPTIONS | {"routing.dense_layers": [-1]}
     expected, decided = generated(make_model("llama"), options)
     assert decided == {(0, "routed"), (1, "configured dense")}
-    assert torch.equal(generated(hooked(make_model("llama")), options)[0], expected)
-    assert {(use.layer, use.phase) for use in hga_compile.report().layers} == {(0, "prefill"), (0, "decode")}
+    got, hooked_decided = generated(hooked(make_model("llama")), options)
+    assert torch.equal(got, expected) and hooked_decided == decided
+    assert {use.layer for use in hga_compile.report().layers if use.phase == "decode"} == {0}
 
 
 @pytest.mark.slow
@@ -51,9 +57,9 @@ def test_layers_whose_weights_lie_on_disk_are_routed(tmp_path):
     assert hooked_decided == decided == {(0, "routed"), (1, "routed")}
 
 
-def test_layers_past_dynamos_limit_read_all_and_are_counted(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    generated(hooked(make_model("llama")))
+def test_layers_past_dynamos_limit_read_all_and_are_counted():
+    with torch._dynamo.config.patch(recompile_limit=1):
+        generated(hooked(make_model("llama")))
     assert any("not compiled" in reason for reason in hga_compile.report().fallbacks)
 
 
@@ -67,7 +73,7 @@ def test_layers_on_two_gpus_are_routed_as_on_one(tmp_path, inner):
     places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.rotary_emb"), 0)
     split = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places | dict.fromkeys(names, 1))
     split.generation_config.eos_token_id = None
-    options = TIGHT | {"inner": inner}
+    options = OPTIONS | {"inner": inner}
     results = []
     for part in (model.to("cuda:0"), split.eval()):
         torch._dynamo.reset()
@@ -76,6 +82,7 @@ def test_layers_on_two_gpus_are_routed_as_on_one(tmp_path, inner):
         compiled = torch.compile(part, backend="hga", options=options)
         ids = tokens(1, 40).to("cuda:0")
         results.append(compiled.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False))
-        assert {str(site.reason) for site in hga_compile.report().sites} == {"routed"}
+        decode = [site for site in hga_compile.report().sites if site.phase == "decode"]
+        assert {(site.layer, str(site.reason)) for site in decode} == {(0, "routed"), (1, "routed")}
     assert torch.equal(*results)
     assert [layer.device.index for layer in cache.layers] == [0, 1]
