@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Kernels, Offload, Profile
+from hga_compile.joining import join_layers, padding_of, split_layers
 from hga_compile.kernels import ops
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.states import STATES
 from hga_compile.saving import load_layers, save_layers
 from hga_compile.store import Held, LayerStore
+from hga_compile.store.errors import JoinError
 from hga_compile.tracing import traced_for_hga
 
 __all__ = ["CacheMemory", "HGACache", "HGALayer", "HGASlidingLayer", "cache_memory"]
@@ -416,6 +419,93 @@ class HGACache(DynamicCache):
         cache = cls(config, profile)
         load_layers(cache, os.fspath(path), config, model, torch.empty(0, device=device).device)
         return cache
+
+    @classmethod
+    def join(cls, caches: Sequence["HGACache"]) -> "HGACache":
+        """Make one cache of a batch out of caches of single requests, or of smaller batches.
+
+        Shorter requests are padded on the left, as a tokenizer pads a batch: go on with inputs that are
+        padded so, and with an attention mask (see `attention_mask`). What is stored is copied, whatever tier
+        it lives in; summaries are made again.
+
+        Parameters
+        ----------
+        caches : sequence of HGACache
+            Of requests of any length; they stay as they are.
+
+        Returns
+        -------
+        HGACache
+            Sequences in the order of the caches. Routing counts groups from the first column of the batch:
+            requests whose lengths differ by whole groups (`routing.group_size`) are routed as by themselves,
+            others get their groups cut at other tokens, as in a batch that was padded from the start.
+
+        Raises
+        ------
+        JoinError
+            Caches of different models, profiles, dtypes, devices or layouts, or empty ones.
+        StoreError
+            The tier has no room for another copy.
+        """
+        caches = list(caches)
+        if not caches:
+            raise JoinError("there must be a cache to join, got none (caches)")
+        joined = cls(caches[0].config, caches[0].profile)
+        join_layers(joined, caches)
+        return joined
+
+    def split(self, attention_mask: Tensor | None = None) -> list["HGACache"]:
+        """Make a cache of each sequence of the batch, without the padding ahead of it.
+
+        Parameters
+        ----------
+        attention_mask : Tensor or None
+            ``[batch, >= tokens stored]``, 0 for padding, which must be on the left; None: the padding that
+            `join` added, and no other.
+
+        Returns
+        -------
+        list of HGACache
+            In order; each is a copy, and this cache stays as it is.
+
+        Raises
+        ------
+        JoinError
+            Nothing is stored yet, or the mask does not fit.
+        StoreError
+            The tier has no room for another copy.
+        """
+        padding = self.padding
+        if attention_mask is not None:
+            padding = padding_of(attention_mask, len(padding), self.get_seq_length())
+        parts = [type(self)(self.config, self.profile) for _ in padding]
+        split_layers(self, padding, parts)
+        return parts
+
+    @property
+    def padding(self) -> list[int]:
+        """Tokens of padding that `join` put ahead of each sequence; empty where nothing is stored."""
+        layer = next((layer for layer in self.layers if getattr(layer, "handle", None) is not None), None)
+        if layer is None:
+            return []
+        starts = layer.state.starts
+        return [0] * layer.sizes[0] if starts is None else starts.tolist()
+
+    def attention_mask(self, new: int = 1) -> Tensor:
+        """Return the mask to go on with after `join`.
+
+        Parameters
+        ----------
+        new : int
+            Tokens that each sequence goes on with.
+
+        Returns
+        -------
+        Tensor
+            ``[batch, tokens stored + new]`` int64 on the CPU, 0 for padding.
+        """
+        place = torch.arange(self.get_seq_length() + new, device="cpu")
+        return (place >= torch.tensor(self.padding, dtype=torch.int64, device="cpu")[:, None]).long()
 
     @property
     def is_compileable(self) -> bool:

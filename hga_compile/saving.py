@@ -20,7 +20,7 @@ from hga_compile.store.recent import Recent
 from hga_compile.store.snapshot import DTYPES, Entry, SnapshotReader, SnapshotWriter
 from hga_compile.store.storage_io import StorageIO
 
-__all__ = ["load_layers", "save_layers"]
+__all__ = ["cuts", "load_layers", "model_key", "save_layers"]
 
 FORMAT = 1
 # Bytes of K/V that are on their way at once.
@@ -89,6 +89,7 @@ def save_layers(cache: Any, path: str, config: Any, model: str | None, io: Stora
                 "seen": layer.seen,
                 "sizes": list(layer.sizes),
                 "queries": None if state.queries is None else state.queries.end,
+                "starts": None if state.starts is None else state.starts.tolist(),
             }
         )
         states.append(state)
@@ -98,7 +99,7 @@ def save_layers(cache: Any, path: str, config: Any, model: str | None, io: Stora
             total, count = state.queries.total, state.queries.count
             entries[f"layers.{number}.queries"] = Entry(torch.float32, tuple(total.shape))
             entries[f"layers.{number}.counts"] = Entry(torch.int64, tuple(count.shape))
-    facts = {"format": FORMAT, "key": _key(config, model), "layers": layers}
+    facts = {"format": FORMAT, "key": model_key(config, model), "layers": layers}
     with SnapshotWriter(path, entries, facts, StorageIO() if io is None else io) as writer:
         for number, state in enumerate(states):
             for key, value in _pieces(state):
@@ -179,17 +180,17 @@ def _fill(
         else:
             state.put(key, value, begin, kernels)
     state.batch, state.length = batch, about["seen"]
+    if about.get("starts") is not None:
+        state.starts = torch.tensor(about["starts"], dtype=torch.int64, device="cpu")
     if about["queries"] is not None:
         total, count = (reader.whole(f"layers.{number}.{name}").to(device) for name in ("queries", "counts"))
         state.noted = MeanQuery(total, count, about["queries"])
 
 
 def _window(window: int, former: Recent | None, key: Tensor, value: Tensor, length: int) -> Recent:
-    recent = Recent(window)
     if former is not None and former.key is not None and former.value is not None:
         key, value = torch.cat([former.key, key], 2), torch.cat([former.value, value], 2)
-    recent.key, recent.value, recent.length = key.contiguous(), value.contiguous(), length
-    return recent
+    return Recent.of(window, key.contiguous(), value.contiguous(), length)
 
 
 def _rows(state: LayerStore) -> int:
@@ -205,12 +206,18 @@ def _pieces(state: LayerStore) -> Iterator[tuple[Tensor, Tensor]]:
             yield state.recent.key.flatten(0, 1), state.recent.value.flatten(0, 1)
     elif state.pages is not None:
         pages = state.pages
-        step = max(1, _PIECE // (pages.rows * (pages.dim + pages.v_dim) * pages.dtype.itemsize))
-        for begin in range(0, state.length, step):
-            yield pages.read(begin, min(state.length, begin + step))
+        for begin, end in cuts(state.length, pages.rows * (pages.dim + pages.v_dim) * pages.dtype.itemsize):
+            yield pages.read(begin, end)
 
 
-def _key(config: Any, model: str | None) -> dict[str, Any]:
+def cuts(tokens: int, token_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut tokens into pieces of which one may be on its way at once: begin and end of each."""
+    step = max(1, _PIECE // token_bytes)
+    for begin in range(0, tokens, step):
+        yield begin, min(tokens, begin + step)
+
+
+def model_key(config: Any, model: str | None) -> dict[str, Any]:
     """Return what K/V depend on, as JSON holds it."""
     text = config.get_text_config()
     known = json.loads(json.dumps(text.to_dict(), sort_keys=True, default=str))
@@ -235,7 +242,7 @@ def _checked(reader: SnapshotReader, cache: Any, config: Any, model: str | None)
     if len(layers) != len(cache.layers):
         raise _refused(reader.path, "number of layers", len(layers), len(cache.layers), "config")
     knobs = {"model": "model", "revision": "revision of from_pretrained", "dtype": "dtype of from_pretrained"}
-    for name, value in _key(config, model).items():
+    for name, value in model_key(config, model).items():
         if facts["key"].get(name) != value:
             raise _refused(reader.path, name, facts["key"].get(name), value, knobs.get(name, "config"))
     for number, (about, layer) in enumerate(zip(layers, cache.layers, strict=True)):

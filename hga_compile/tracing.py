@@ -58,8 +58,10 @@ def traced_config() -> Any:
     """
     tx = _tracer()
     found: list[Any] = []
-    for value in getattr(getattr(tx, "output", None), "local_scope", {}).values():
-        config = getattr(value, "config", None) if isinstance(value, torch.nn.Module) else None
+    for module in _traced_modules(tx):
+        # A layer by itself, as hooks around it leave it, has none; its attention has.
+        configs = (getattr(part, "config", None) for part in module.modules())
+        config = next((config for config in configs if config is not None), None)
         to_text = getattr(config, "get_text_config", None)
         text = config if to_text is None else to_text()
         if isinstance(getattr(text, "num_hidden_layers", None), int):
@@ -73,12 +75,17 @@ def traced_layer() -> int | None:
     Returns
     -------
     int or None
-        None where the traced function holds no module with a `layer_idx`, as transformers' attention has.
+        None where the traced function holds no module with a `layer_idx`, as transformers' attention has, or
+        modules with several.
     """
-    scope = getattr(getattr(_tracer(), "output", None), "local_scope", {})
-    modules = (value for value in scope.values() if isinstance(value, torch.nn.Module))
-    numbers = {number for module in modules if isinstance(number := getattr(module, "layer_idx", None), int)}
+    parts = (part for module in _traced_modules(_tracer()) for part in module.modules())
+    numbers = {number for part in parts if isinstance(number := getattr(part, "layer_idx", None), int)}
     return numbers.pop() if len(numbers) == 1 else None
+
+
+def _traced_modules(tx: Any) -> list[torch.nn.Module]:
+    scope = getattr(getattr(tx, "output", None), "local_scope", {})
+    return [value for value in scope.values() if isinstance(value, torch.nn.Module)]
 
 
 def _tracer() -> Any:

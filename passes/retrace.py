@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hga_compile.passes.dispatched import without_dispatched
 from hga_compile.passes.flatten import Leaf, flatten, inputs_of, leaves_of, unflatten
 from hga_compile.passes.vmaps import without_vmap
 
@@ -58,8 +60,9 @@ def retrace(graph: GraphModule) -> GraphModule:
     previous, context.fake_mode = context.fake_mode, fake
     try:
         with fake, torch.fx.traceback.preserve_node_meta():
-            plain = without_vmap(graph, lambda part, given: _traced(torch.fx.Interpreter(part).run, given))
-            return _traced(_unwrapped(plain, inputs, leaves), flat, pre_dispatch=True)
+            plain = without_dispatched(without_vmap(graph, _traced_below), _traced_below)
+            inputs = inputs_of(plain)
+            return _traced(_unwrapped(plain, inputs, leaves_of(inputs)), flat, pre_dispatch=True)
     finally:
         context.fake_mode = previous
 
@@ -83,6 +86,12 @@ def _unwrapped(graph: GraphModule, inputs: list[Any], leaves: tuple[Leaf, ...]) 
 def _traced(function: Callable[..., Any], inputs: list[Any], pre_dispatch: bool = False) -> GraphModule:
     tracer = make_fx(function, tracing_mode="real", pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)
     return _sound(tracer(*inputs))
+
+
+def _traced_below(function: Callable[..., Any], inputs: list[Any]) -> GraphModule:
+    """Trace below the level of transforms and subclasses, of symbolic sizes too."""
+    with enable_python_dispatcher():
+        return _traced(function, inputs)
 
 
 def _sound(graph: GraphModule) -> GraphModule:

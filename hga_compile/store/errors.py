@@ -2,6 +2,7 @@
 
 __all__ = [
     "CorruptPageError",
+    "JoinError",
     "SnapshotError",
     "StoreBusyError",
     "StoreError",
@@ -64,3 +65,7 @@ class StoreForkedError(StoreError):
 
 class SnapshotError(StoreError):
     """A saved cache that is damaged, or does not fit the model that it is loaded for."""
+
+
+class JoinError(StoreError):
+    """Caches that cannot be joined to one, or one that cannot be split."""

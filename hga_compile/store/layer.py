@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.attend import attend_window
+from hga_compile.kernels.call import Padding
 from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.index import LayerIndex, MeanQuery
 from hga_compile.kernels.routed import routed_attention
@@ -71,6 +72,8 @@ class LayerStore:
         self.io = io
         self.noted: MeanQuery | None = None
         """Mean of the first queries of K/V that were saved; an index that is made for them begins with it."""
+        self.starts: Tensor | None = None
+        """First real token of each sequence, ``[batch]`` int64 on the CPU; None: 0, or as masks say alone."""
         self._group_size = _PLAIN_GROUP
         self._layer = 0
 
@@ -146,6 +149,7 @@ class LayerStore:
             # The first rows are stored where the site wants them, not moved there afterwards.
             self.tier, self.place, self._layer = site.tier, site.place, site.layer
             self._group_size = site.routing.group_size
+        self._check_padding(key_mask, length)
         self.put(key, value, length, site.kernels)
         pages, index = self._settle(site)
         source = _Joined(pages, key.detach().flatten(0, 1), value.detach().flatten(0, 1), length)
@@ -180,6 +184,7 @@ class LayerStore:
             )
         if begin > self.length or begin < 0:
             raise _gap(begin, length, self.length)
+        self._check_padding(key_mask, length)
         if self.recent is None:
             # Rows that an honest append stored before become the first window.
             start = max(0, begin - window + 1)
@@ -215,6 +220,7 @@ class LayerStore:
                 self.recent.truncate(length)
             self.length = length
             self.noted = self.noted if length else None
+            self.starts = self.starts.clamp(max=length) if length and self.starts is not None else None
             if self.index is not None:
                 self.index.truncate(length)
             if self.pages is not None:
@@ -223,6 +229,8 @@ class LayerStore:
     @_lasting
     def select_batch(self, index: Tensor) -> None:
         """Replace the sequences of the batch by those of `index` (int64): reorder, repeat, select."""
+        if self.starts is not None:
+            self.starts = self.starts[index.to("cpu")]
         if self.recent is not None:
             self.recent.select_batch(index)
         if self.pages is None:
@@ -245,7 +253,7 @@ class LayerStore:
         other.pages = None if self.pages is None else self.pages.clone()
         other.index = None if self.index is None else self.index.emptied()
         other.recent = None if self.recent is None else self.recent.clone()
-        other.noted = self.noted
+        other.noted, other.starts = self.noted, self.starts
         return other
 
     def close(self) -> None:
@@ -287,6 +295,19 @@ class LayerStore:
             index = self.index = LayerIndex(site.routing, site.kernels)
             index.queries = self.noted
         return self.pages, index
+
+    def _check_padding(self, key_mask: Tensor | None, length: int) -> None:
+        """Refuse a mask that shows what was put ahead of shorter requests when they were joined."""
+        if self.starts is None:
+            return
+        padding = Padding.of(key_mask, length)
+        shown = self.starts if padding is None else self.starts - padding.starts(length).flatten()
+        if bool((shown > 0).any()):
+            raise RuntimeError(
+                f"the mask must hide {self.starts.tolist()} tokens of padding ahead of the requests that "
+                f"were joined, got {'none' if padding is None else 'one that shows some of them'}; "
+                "pass attention_mask (HGACache.attention_mask makes one)"
+            )
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         assert self.pages is not None  # put made them

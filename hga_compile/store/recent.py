@@ -24,6 +24,13 @@ class Recent:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
+    @classmethod
+    def of(cls, window: int, key: Tensor, value: Tensor, length: int) -> "Recent":
+        """Return the window of a sequence of `length` tokens of which these are the last ones."""
+        recent = cls(window)
+        recent.key, recent.value, recent.length = key, value, length
+        return recent
+
     def put(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Add rows as the last ones of `length` tokens.
 

@@ -173,8 +173,26 @@ def test_a_graph_that_puts_another_tensor_inside_is_dense():
     assert site.reason == Reason.RETRACE_FAILED and "replaced" in site.detail
 
 
-def test_tensors_that_act_in_dispatch_alone_are_dense():
-    assert compare(Attention(int8(3 * HIDDEN, Dispatched)), *rows(12, 17)) == {Reason.RETRACE_FAILED}
+@pytest.mark.parametrize(
+    "inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+def test_attention_between_tensors_that_act_in_dispatch_alone_is_routed(inner):
+    model = Attention(int8(3 * HIDDEN, Dispatched))
+    assert compare(model, *rows(12, 17, 23), inner=inner) == {Reason.ROUTED}
+
+
+def test_attention_over_tensors_that_act_in_dispatch_alone_is_dense():
+    codes = torch.randint(-127, 127, (3, 1, HEADS, 12, DIM), dtype=torch.int8)
+    qkv = [Dispatched(part, torch.rand(1, HEADS, 12, 1) / 127) for part in codes]
+
+    def attend(q, k, v):
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    expected = attend(*(part.codes * part.scale for part in qkv))
+    got = torch.compile(attend, backend="hga", options=OPTIONS)(*qkv)
+    torch.testing.assert_close(got, expected)
+    (site,) = hga_compile.report().sites
+    assert site.reason == Reason.RETRACE_FAILED and "act in dispatch alone" in site.detail
 
 
 @pytest.mark.gradients

@@ -15,6 +15,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -62,6 +63,9 @@ def make_config(name: str, **more: Any) -> PreTrainedConfig:
             return LlamaConfig(**decoder)
         case "qwen3":
             return Qwen3Config(**decoder, head_dim=16)
+        case "qwen3_moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            return Qwen3MoeConfig(**decoder, **experts, head_dim=16)
         case "gemma3":
             layers = ["sliding_attention", "full_attention"] * (decoder["num_hidden_layers"] // 2)
             return Gemma3TextConfig(**decoder, head_dim=16, sliding_window=WINDOW, layer_types=layers)

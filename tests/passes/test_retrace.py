@@ -2,7 +2,7 @@ import torch
 from attention_graphs import counted, dynamo_graph, dynamo_run, rows
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from hga_compile.passes.retrace import RetraceError, retrace
+from hga_compile.passes.retrace import retrace
 
 
 def test_attention_is_one_node_and_inputs_and_outputs_stay():
@@ -83,18 +83,12 @@ def test_two_vmaps_of_dynamic_sizes_are_traced():
     torch.testing.assert_close(out, attend(q, k, v))
 
 
-def test_a_constant_inside_a_vmap_is_refused_rather_than_broken():
-    """The traced graph would hold a tensor of the vmap, and fail when it runs."""
+def test_a_constant_inside_a_vmap_becomes_one_of_the_graph():
     q, k, v = rows(6)
-
-    def use(graph):
-        try:
-            return retrace(graph)
-        except (RetraceError, NotImplementedError) as error:
-            return error
-
-    made, out = dynamo_run(masked_by(lambda row, column: column <= row * torch.tensor(1)), q, k, v, use=use)
-    assert isinstance(made, Exception) and "vmap" in str(made)
+    new, out = dynamo_run(
+        masked_by(lambda row, column: column <= row * torch.tensor(1)), q, k, v, use=retrace
+    )
+    assert counted(new, "aten.scaled_dot_product_attention") == 1 and "vmap" not in str(new.graph)
     torch.testing.assert_close(out, sdpa(q, k, v, is_causal=True))
 
 
