@@ -135,7 +135,7 @@ def _shared_tiles(call: Call, size: int) -> Tensor:
         spans = tile_spans(tiles, keys.refined, starts, call.query.device)
         return prefill_tiles(
             key, value, keys, call.query, spans, tiles, first=call.first, routing=routing,
-            scale=call.scale, scoring=call.scoring, listed=record,
+            scale=call.scale, scoring=call.scoring, tail=call.index.tail, listed=record,
         )  # fmt: skip
     real = None
     if padding is not None:
@@ -163,7 +163,7 @@ def _record_tiles(call: Call, tiles: Tiles, number: int, groups: Tensor) -> None
     for place, listed in enumerate(groups.unbind(0)):
         tile = number + place
         many = per_row(tiles.listed[:, tile : tile + 1], rows, groups.device)[:, 0]
-        inside = torch.arange(listed.shape[1], device=listed.device) < many
+        inside = (torch.arange(listed.shape[1], device=listed.device) < many).expand(rows, -1)
         marks = torch.zeros(rows, -(-call.length // size), dtype=torch.int32, device=listed.device)
         marks.scatter_add_(-1, listed.long().masked_fill(~inside, 0), inside.int())
         first = max(call.first, (tiles.first + tile) * tiles.size)

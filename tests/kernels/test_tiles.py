@@ -266,3 +266,16 @@ def test_a_budget_of_a_shared_set_is_never_smaller_than_that_of_a_query():
     wide = Routing(budget=Budget(fraction=0.2, tokens=100)).shared().budget
     assert (wide.fraction, wide.tokens) == (0.2, 512)
     assert Routing(prefill_budget=Budget(tokens=64)).shared().budget == Budget(fraction=0.03, tokens=256)
+
+
+@pytest.mark.parametrize("changes", [{}, {"summary": "mean", "chunk_stage": "on"}])
+def test_a_tail_of_equal_keys_is_exact(changes):
+    given = inputs(tokens=160)
+    equal = type(given)(given.query, given.key[:, :, :1].expand_as(given.key), given.value, given.scale)
+    dropped, made = (
+        run_whole(SHARED.model_copy(update={**changes, "tail": tail}), equal) for tail in ("drop", "estimate")
+    )
+    number = torch.arange(1, 161)[:, None]
+    mean = (given.value.cumsum(2) / number).repeat_interleave(2, 1)
+    torch.testing.assert_close(made, mean, rtol=1e-4, atol=1e-5)
+    assert float((dropped - mean).abs().max()) > 0.1
