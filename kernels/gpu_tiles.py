@@ -146,13 +146,18 @@ def prefill_tiles(
             straight = ask(turn=False)
         run = slice(begin, begin + number)
         chosen = _choose_for_tiles(asked, straight, keys, tiles, run, tables, routing, shared)
-        given = (key, value, chosen, tables[0], query, out)
-        place = {"first": first, "tile": tiles.first + begin, "tiles": number, "size": tiles.size}
-        common = {"group_size": routing.group_size, "scale": scale, "rows_of_span": shared}
         if tail is not None and tail.chunks:
-            attend_tiles_with_tail(*given, tail, **place, **common)
+            attend_tiles_with_tail(
+                key, value, chosen, tables[0], query, out, tail, first=first, tile=tiles.first + begin,
+                tiles=number, size=tiles.size, group_size=routing.group_size, scale=scale,
+                rows_of_span=shared,
+            )  # fmt: skip
         else:
-            attend_tiles(*given, logits, **place, **common, softcap=scoring.softcap)
+            attend_tiles(
+                key, value, chosen, tables[0], query, out, logits, first=first, tile=tiles.first + begin,
+                tiles=number, size=tiles.size, group_size=routing.group_size, scale=scale,
+                softcap=scoring.softcap, rows_of_span=shared,
+            )  # fmt: skip
         if listed is not None:
             listed(begin, chosen.view(number, rows, -1))
     return out
