@@ -125,7 +125,7 @@ class Routing(Settings):
     prefill_tile: PrefillTile = "auto"
     """Queries of a prefill that share a routed set, 1 to 128; `auto`: 64 where a GPU's kernels run, else 1.
 
-    The queries of a tile keep the same chunks too, if chunks are chosen. With a tail estimate `auto` is 1.
+    The queries of a tile keep the same chunks too, if chunks are chosen.
     """
 
     prefill_budget: Budget = Budget(fraction=0.055, tokens=512)

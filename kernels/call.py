@@ -160,8 +160,7 @@ class Call:
         """Whether queries of a prefill share routed sets."""
         if self.routing.prefill_tile != "auto":
             return self.routing.prefill_tile > 1
-        # The tail is that of single queries.
-        return preferred(self.kernels, self.query.device) == "triton" and self.index.tail is None
+        return preferred(self.kernels, self.query.device) == "triton"
 
     def need(self, phase: Literal["dense", "decode", "prefill"]) -> Need:
         """Return what the call asks of kernels; its index is up to date."""

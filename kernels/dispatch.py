@@ -146,8 +146,6 @@ def _triton_covers(need: Need) -> str | None:
     if need.phase == "prefill":
         if not need.shared:
             return "a prefill of queries with routed sets of their own (routing.prefill_tile)"
-        if need.tail:
-            return "a tail estimate in a prefill (routing.tail)"
         if need.chunks and need.parts > _MOST_PARTS:
             return f"chunk_parts {need.parts} in a prefill (at most {_MOST_PARTS})"
     if need.padding == "gaps":

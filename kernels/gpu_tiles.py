@@ -13,6 +13,7 @@ from hga_compile.configs.routing import Routing
 from hga_compile.kernels.coarse import BLOCK, SINGLES, Coarse, TileKeys
 from hga_compile.kernels.gpu import sent
 from hga_compile.kernels.scoring import PLAIN, Scoring
+from hga_compile.kernels.tail import TailSummary
 from hga_compile.kernels.tiles import Tiles
 
 __all__ = ["coarse_means", "prefill_tiles", "tile_keys", "tile_spans"]
@@ -86,6 +87,7 @@ def prefill_tiles(
     routing: Routing,
     scale: float,
     scoring: Scoring = PLAIN,
+    tail: TailSummary | None = None,
     listed: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Route the queries of a prefill, a tile at a time, and attend to what each tile is routed to.
@@ -111,6 +113,8 @@ def prefill_tiles(
         Softmax scale.
     scoring : Scoring
         Soft-cap and sinks.
+    tail : TailSummary or None
+        Estimates of what is not attended to; they go with neither soft-cap nor sinks.
     listed : callable or None
         Is given each run of tiles: the number of its first one, and the groups attended to,
         ``[tiles, rows, width]`` int32, ascending; entries past a tile's own list are not written.
@@ -122,6 +126,7 @@ def prefill_tiles(
     """
     from hga_compile.kernels.triton_coarse import coarse_queries
     from hga_compile.kernels.triton_tile_attend import attend_tiles
+    from hga_compile.kernels.triton_tile_tail import attend_tiles_with_tail
 
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, kv_heads, heads, queries, _ = query.shape
@@ -141,11 +146,18 @@ def prefill_tiles(
             straight = ask(turn=False)
         run = slice(begin, begin + number)
         chosen = _choose_for_tiles(asked, straight, keys, tiles, run, tables, routing, shared)
-        attend_tiles(
-            key, value, chosen, tables[0], query, out, logits, first=first, tile=tiles.first + begin,
-            tiles=number, size=tiles.size, group_size=routing.group_size, scale=scale,
-            softcap=scoring.softcap, rows_of_span=shared,
-        )  # fmt: skip
+        if tail is not None and tail.chunks:
+            attend_tiles_with_tail(
+                key, value, chosen, tables[0], query, out, tail, first=first, tile=tiles.first + begin,
+                tiles=number, size=tiles.size, group_size=routing.group_size, scale=scale,
+                rows_of_span=shared,
+            )  # fmt: skip
+        else:
+            attend_tiles(
+                key, value, chosen, tables[0], query, out, logits, first=first, tile=tiles.first + begin,
+                tiles=number, size=tiles.size, group_size=routing.group_size, scale=scale,
+                softcap=scoring.softcap, rows_of_span=shared,
+            )  # fmt: skip
         if listed is not None:
             listed(begin, chosen.view(number, rows, -1))
     return out

@@ -135,7 +135,7 @@ def _shared_tiles(call: Call, size: int) -> Tensor:
         spans = tile_spans(tiles, keys.refined, starts, call.query.device)
         return prefill_tiles(
             key, value, keys, call.query, spans, tiles, first=call.first, routing=routing,
-            scale=call.scale, scoring=call.scoring, listed=record,
+            scale=call.scale, scoring=call.scoring, tail=call.index.tail, listed=record,
         )  # fmt: skip
     real = None
     if padding is not None:

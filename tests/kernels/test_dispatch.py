@@ -59,6 +59,7 @@ def test_a_covered_decode_step_runs_in_triton(with_triton):
     assert choose("auto", need(summary="mean", chunks=True, tail=True)) == "triton"
     assert choose("auto", need(phase="prefill", shared=True, paged=False)) == "triton"
     assert choose("auto", need(phase="prefill", shared=True, summary="mean", chunks=True)) == "triton"
+    assert choose("auto", need(phase="prefill", shared=True, tail=True)) == "triton"
     assert LEDGER.fallbacks() == {}
 
 
@@ -73,10 +74,6 @@ def test_a_covered_decode_step_runs_in_triton(with_triton):
         (
             {"phase": "prefill"},
             "a prefill of queries with routed sets of their own (routing.prefill_tile)",
-        ),
-        (
-            {"phase": "prefill", "shared": True, "tail": True},
-            "a tail estimate in a prefill (routing.tail)",
         ),
         (
             {"phase": "prefill", "shared": True, "chunks": True, "parts": 256},

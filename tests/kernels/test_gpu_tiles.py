@@ -20,6 +20,7 @@ from hga_compile.kernels import coarse, gpu_tiles
 from hga_compile.kernels.lowbit import LowBitSummary, encode_keys
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.scoring import Scoring
+from hga_compile.kernels.tail import TailSummary, attend_masked_with_tail
 from hga_compile.kernels.tiles import Tiles, plan_tiles, shared_groups
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -302,8 +303,83 @@ def test_runs_of_tiles_are_joined(place, monkeypatch):
     check(place, tokens=1600, first=0, tile=32, dtype=torch.float16, dense_below=100)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"summary": "mean", "chunk_stage": "on"}, {"prefill_tile": 5, "bits": 8}]
+)
+@pytest.mark.parametrize("pads", [None, [150, 101]])
+def test_a_tail_is_estimated_for_each_query(place, changes, pads):
+    setting = routing(
+        prefill_tile=16, prefill_budget=Budget(fraction=0.2, tokens=32), tail="estimate"
+    ).model_copy(update=changes)
+    mask = None if pads is None else left_padding(pads, 150)
+    given = inputs(tokens=150, batch=2, dim=20, v_dim=12, mask=mask).to(place)
+    kept = 1 if mask is None else mask.to(place)[:, None, :, None]
+    made, want, dropped = (
+        run_whole(one, given, kernels=kernels) * kept
+        for one, kernels in (
+            (setting, "triton"),
+            (setting, "reference"),
+            (setting.model_copy(update={"tail": "drop"}), "reference"),
+        )
+    )
+    # A group whose vote is nearly another's may be taken in its place, for one tile of a head.
+    same = ((made - want).abs() < 1e-4).float().mean()
+    assert same > 0.85 and same > ((dropped - want).abs() < 1e-4).float().mean() + 0.1
+
+
 @large
-@pytest.mark.parametrize("changes", [{}, {"summary": "mean"}, {"chunk_stage": "on"}])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "heads"),
+    [
+        (torch.bfloat16, 64, 3),
+        (torch.bfloat16, 128, 8),
+        (torch.float16, 80, 1),
+        (torch.bfloat16, 256, 2),
+        (torch.float32, 128, 2),
+        (torch.float32, 256, 1),
+    ],
+)
+def test_a_tail_of_the_sizes_that_models_have(place, dtype, dim, heads):
+    """What is attended to exactly is what was listed; the rest of the complete chunks is estimated."""
+    tokens, size, first, tile = 1500, 64, 200, 64
+    setting = Routing(
+        prefill_budget=Budget(fraction=0.1, tokens=128), budget=Budget(tokens=64), dense_below=0
+    )
+    key, value = (torch.randn(2, tokens, dim, device=place).to(dtype) for _ in range(2))
+    query = torch.randn(1, 2, heads, tokens - first, dim, device=place).to(dtype)
+    tail = TailSummary(size, 0.1 * torch.randn(2, heads, dim, device=place), dim)
+    whole = tokens // size * size
+    tail.append(key[:, :whole], value[:, :whole])
+    codes, scales = encode_keys(key.float() @ rotation(dim, place), 2)
+    tiles = plan_tiles(setting, first, tokens - first, None, tile)
+    made = gpu_tiles.tile_keys(
+        codes.transpose(1, 2).contiguous().transpose(1, 2), scales, tiles.plan.last_window, 4, 2, dim, None
+    )
+    lists: dict[int, Tensor] = {}
+    out = gpu_tiles.prefill_tiles(
+        key, value, made, query, gpu_tiles.tile_spans(tiles, True, None, place), tiles, first=first,
+        routing=setting, scale=dim**-0.5, tail=tail, listed=keep(lists),
+    )  # fmt: skip
+    for number in range(tiles.number):
+        begin = max(0, (tiles.first + number) * tile - first)
+        stop = min(tokens - first, (tiles.first + number + 1) * tile - first)
+        end = first + stop
+        position = torch.arange(first + begin, end, device=place)[:, None]
+        token = torch.arange(end, device=place)
+        marks = marks_of(tiles, lists, number, 2).repeat_interleave(4, -1)[:, None, :end]
+        counted = (token // size + 1) * size <= position + 1
+        want = attend_masked_with_tail(
+            query.flatten(0, 1)[:, :, begin:stop].float() * dim**-0.5, key[:, :end], value[:, :end],
+            marks & (token <= position), counted & ~marks, tail,
+        )  # fmt: skip
+        got = out.flatten(0, 1)[:, :, begin:stop].float()
+        # tf32 and the dtype of the result: a few units in the last place of what is summed up.
+        bound = 1e-4 if dtype == torch.float32 else 0.02
+        assert float((got - want).abs().max()) <= bound * float(want.abs().max())
+
+
+@large
+@pytest.mark.parametrize("changes", [{}, {"summary": "mean"}, {"chunk_stage": "on"}, {"tail": "estimate"}])
 def test_the_ops_give_what_they_give_on_a_cpu(place, changes):
     setting = routing(prefill_tile=16, prefill_budget=Budget(fraction=0.2, tokens=32), **changes)
     given = inputs(tokens=300, batch=2, mask=left_padding([300, 215], 300))

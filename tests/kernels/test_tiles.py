@@ -293,3 +293,16 @@ def test_lists_of_a_kernel_are_recorded_for_all_rows_alike():
         assert groups.shape == (rows, 16, tokens // 4)
         want = [group < many and group * 4 <= first + 15 for group in range(tokens // 4)]
         assert all(groups[row, -1].tolist() == want for row in range(rows))
+
+
+@pytest.mark.parametrize("changes", [{}, {"summary": "mean", "chunk_stage": "on"}])
+def test_a_tail_of_equal_keys_is_exact(changes):
+    given = inputs(tokens=160)
+    equal = type(given)(given.query, given.key[:, :, :1].expand_as(given.key), given.value, given.scale)
+    dropped, made = (
+        run_whole(SHARED.model_copy(update={**changes, "tail": tail}), equal) for tail in ("drop", "estimate")
+    )
+    number = torch.arange(1, 161)[:, None]
+    mean = (given.value.cumsum(2) / number).repeat_interleave(2, 1)
+    torch.testing.assert_close(made, mean, rtol=1e-4, atol=1e-5)
+    assert float((dropped - mean).abs().max()) > 0.1
