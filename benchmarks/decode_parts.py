@@ -45,7 +45,7 @@ def measure(batch: int, tokens: int) -> dict[str, float]:
     table, scale = spans.table, DIM**-0.5
     step: dict[str, Any] = {"length": tokens, "routing": ROUTING, "scale": scale, "kv_heads": KV_HEADS}
     attend: dict[str, Any] = {
-        "length": tokens, "group_size": size, "scale": scale, "softcap": 0.0, "kv_heads": KV_HEADS,
+        "group_size": size, "scale": scale, "softcap": 0.0, "kv_heads": KV_HEADS,
         "rows_of_span": rows,
     }  # fmt: skip
 

@@ -13,11 +13,14 @@ from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.hooks import install_hooks
+from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.states import STATES
 from hga_compile.made_for import check_made_for
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.flatten import flatten, inputs_of, leaves_of
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
+from hga_compile.passes.replayable import StepForm, step_form
+from hga_compile.replay import Replay
 from hga_compile.reporting import note_graph
 from hga_compile.tracing import model_layers, traced_config, traced_layer
 
@@ -85,11 +88,19 @@ def hga(
     leaves = leaves_of(inputs_of(graph))
     opens = any(node.target is torch.ops.hga.open.default for node in rewritten.graph.graph.nodes)
     if not any(path for _, path in leaves):
-        call = _inner(rewritten.graph, example_inputs, profile, mode)
+        call = _replaying(_inner(rewritten.graph, example_inputs, profile, mode), rewritten.graph, profile)
         return _clearing(call) if opens else call
     call = _inner(rewritten.graph, flatten(example_inputs, leaves), profile, mode)
-    call = _clearing(call) if opens else call
+    call = _replaying(_clearing(call) if opens else call, rewritten.graph, profile)
     return lambda *inputs: call(*flatten(inputs, leaves))
+
+
+def _replaying(call: Callable[..., Any], graph: GraphModule, profile: Profile) -> Callable[..., Any]:
+    """Have steps of a decode graph recorded and replayed, where the profile asks for it."""
+    form = step_form(graph) if profile.compile.cuda_graph else None
+    if isinstance(form, str):
+        LEDGER.count_fallback(f"decode steps are not one CUDA graph: {form}")
+    return Replay(call, form) if isinstance(form, StepForm) else call
 
 
 def _clearing(call: Callable[..., Any]) -> Callable[..., Any]:

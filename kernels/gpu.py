@@ -6,6 +6,7 @@ The modules of the kernels import Triton, which not every machine has: they are 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from hga_compile.kernels.tail import TailSummary
 
 __all__ = [
     "ChunkSpans",
+    "SpanLines",
     "Spans",
     "chunks_suffice",
     "decode_step",
@@ -25,6 +27,7 @@ __all__ = [
     "fetched",
     "load_rows",
     "sent",
+    "span_lines",
     "spans_of",
     "store_means",
     "store_rows",
@@ -36,7 +39,7 @@ class ChunkSpans:
     """Which chunks one query of each sequence keeps, on the GPU."""
 
     table: Tensor
-    """``[batch or 1, 6]`` int32: `Spans.table` of chunks; its window is the chunk that the groups' is in."""
+    """``[batch or 1, 7]`` int32: `Spans.table` of chunks; its window is the chunk that the groups' is in."""
     width: int
     """Chunks of the longest list: those kept, and that one if it has groups before the window."""
     chunks: int
@@ -52,8 +55,8 @@ class Spans:
     """Which groups one query of each sequence attends to beside those chosen, on the GPU."""
 
     table: Tensor
-    """``[batch or 1, 6]`` int32: first sink group, group past the sinks, first group of the window, groups to
-    choose between them, groups in all, first token that is not padding."""
+    """``[batch or 1, 7]`` int32: first sink group, group past the sinks, first group of the window, groups to
+    choose between them, groups in all, first token that is not padding, tokens in all."""
     width: int
     """Groups of the longest list."""
     groups: int
@@ -65,7 +68,7 @@ class Spans:
 
     def listed(self, rows: int) -> Tensor:
         """Return how long the list of each row is, ``[rows, 1]``."""
-        start, end, window, chosen, last, _ = self.table.unbind(1)
+        start, end, window, chosen, last, _, _ = self.table.unbind(1)
         return (end - start + chosen + last - window).repeat_interleave(rows // len(self.table))[:, None]
 
     def starts(self, rows: int) -> Tensor:
@@ -100,17 +103,44 @@ def _plain_spans(routing: Routing, first: int, device: torch.device) -> Spans:
 
 
 def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.device) -> Spans:
-    size, last = routing.group_size, plan.first // routing.group_size + 1
-    chosen = plan.taken
-    lists = plan.sink_end - plan.sink_start + chosen + last - plan.window
-    parts = (plan.sink_start, plan.sink_end, plan.window, chosen, torch.full_like(starts, last), starts)
-    table = torch.cat([part.expand(len(plan.window), 1) for part in parts], 1).to(torch.int32)
+    lines = span_lines(routing, plan, starts)
+    chunks = _chunk_spans(routing, plan, device) if routing.uses_chunks(plan.first + 1) else None
+    width, attended = int(lines.lists.max()), int(lines.attended.sum())
+    return Spans(sent(lines.tables[0], device), width, plan.last_window, attended, chunks)
+
+
+class SpanLines(NamedTuple):
+    """`Spans` of a run of queries, on the CPU; a query is one a sequence."""
+
+    tables: Tensor
+    """``[queries, batch or 1, 7]`` int32: their `Spans.table`."""
+    lists: Tensor
+    """``[batch or 1, queries]`` int64: groups of a list."""
+    attended: Tensor
+    """``[batch or 1, queries]`` int64: tokens attended to in one row of a line."""
+
+
+def span_lines(routing: Routing, plan: QueryPlan, starts: Tensor) -> SpanLines:
+    """Turn a plan into what kernels read of it.
+
+    Parameters
+    ----------
+    routing : Routing
+        Settings of the layer.
+    plan : QueryPlan
+        Of queries next to each other.
+    starts : Tensor
+        ``[batch or 1, 1]`` int64 on the CPU: padding before each sequence.
+    """
+    size, window = routing.group_size, plan.window
+    ends = torch.arange(plan.first + 1, plan.first + 1 + window.shape[1], device="cpu").expand_as(window)
+    last, chosen = -(-ends // size), plan.taken
+    lists = plan.sink_end - plan.sink_start + chosen + last - window
+    parts = (plan.sink_start, plan.sink_end, window, chosen, last, starts, ends)
+    tables = torch.stack([part.expand_as(window) for part in parts], 2).transpose(0, 1)
     # Of the first sink group and the last one not all tokens are there.
-    tokens = lists * size - (starts - plan.sink_start * size).clamp(min=0) - -(plan.first + 1) % size
-    width, attended, chunks = int(lists.max()), int(tokens.sum()), None
-    if routing.uses_chunks(plan.first + 1):
-        chunks = _chunk_spans(routing, plan, device)
-    return Spans(sent(table, device), width, plan.last_window, attended, chunks)
+    attended = lists * size - (starts - plan.sink_start * size).clamp(min=0) - -ends % size
+    return SpanLines(tables.to(torch.int32).contiguous(), lists, attended)
 
 
 def chunks_suffice(routing: Routing, plan: QueryPlan) -> bool:
@@ -139,7 +169,8 @@ def _chunk_spans(routing: Routing, plan: QueryPlan, device: torch.device) -> Chu
     if not bool(((kept < chunks - first) & (chosen > 0)).any()):
         return None
     last = chunks + (rest > 0)
-    table = torch.cat([first, first, chunks, kept, last, torch.zeros_like(kept)], 1).to(torch.int32)
+    nothing = torch.zeros_like(kept)
+    table = torch.cat([first, first, chunks, kept, last, nothing, nothing], 1).to(torch.int32)
     width, groups = kept + last - chunks, kept * per_chunk + rest
     most = (int(part.max()) for part in (width, chunks, groups, chosen))
     return ChunkSpans(sent(table, device), *most)
@@ -157,7 +188,7 @@ def encode(
     centre: Tensor,
     codes: Tensor,
     scales: Tensor,
-    begin: int,
+    begin: int | Tensor,
     bits: int,
     step: float,
     turned: Tensor | None = None,
@@ -175,7 +206,7 @@ def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> Non
     triton_mean.store_means(keys, means, begin, group_size)
 
 
-def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int) -> None:
+def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int | Tensor, group_size: int) -> None:
     """Write a few K/V rows (see `triton_store.store_rows`)."""
     from hga_compile.kernels import triton_store
 
@@ -223,7 +254,7 @@ def decode_step(
     spans : Spans
         From `spans_of`.
     length : int
-        Tokens of the sequence.
+        Tokens of the sequence, or a bound: room is made for so many.
     routing : Routing
         Settings of the layer.
     scale : float
@@ -272,7 +303,7 @@ def decode_step(
         entries = hot.place(chosen, table, length, routing.group_size, shared)
         near = hot.pool, entries
     out = attend_listed(
-        pages, chosen, table, query, logits, length=length, group_size=routing.group_size, scale=scale,
+        pages, chosen, table, query, logits, group_size=routing.group_size, scale=scale,
         softcap=scoring.softcap, rows_of_span=shared, kv_heads=kv_heads, slots=slots, tail=estimate, hot=near,
     )  # fmt: skip
     return out, chosen

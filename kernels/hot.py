@@ -46,7 +46,7 @@ class HotCache:
         chosen, spans : Tensor
             As `triton_hot.place_groups` takes them.
         length, group_size : int
-            Tokens stored; tokens of a group.
+            Tokens to make room for, those of `spans` at least; tokens of a group.
         rows_of_span : int
             Rows that a line of `spans` is for.
 
@@ -69,10 +69,9 @@ class HotCache:
             )
             table[:, : self.table.shape[1]] = self.table
             self.table = table
-        complete = length // group_size
-        self._kept = max(self._kept, complete)
+        self._kept = max(self._kept, length // group_size)
         return place_groups(
-            chosen, spans, self.table, self.owners, self.used, self.clock, complete, rows_of_span
+            chosen, spans, self.table, self.owners, self.used, self.clock, group_size, rows_of_span
         )
 
     def forget(self, group: int, poison: bool = False) -> None:

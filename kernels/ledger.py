@@ -2,9 +2,10 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -72,6 +73,12 @@ class Ledger:
         self._uses: dict[tuple[int, str], Use] = {}
         self._fallbacks: Counter[str] = Counter()
         self._recorders: list[tuple[frozenset[int] | None, list[RouteRecord]]] = []
+        self._late: list[WeakMethod[Callable[[], None]]] = []
+
+    def settle_with(self, tell: Callable[[], None]) -> None:
+        """Have a bound method called before counts are read; it adds those that its object has put off."""
+        with self._lock:
+            self._late = [late for late in self._late if late() is not None] + [WeakMethod(tell)]
 
     def use(self, layer: int, phase: str) -> Use:
         """Return the counters of a layer in a phase (`prefill` or `decode`), made on first use."""
@@ -80,6 +87,7 @@ class Ledger:
 
     def uses(self) -> dict[tuple[int, str], Use]:
         """Return all counters by layer and phase."""
+        self._settle()
         with self._lock:
             return dict(sorted(self._uses.items()))
 
@@ -95,9 +103,21 @@ class Ledger:
 
     def reset(self) -> None:
         """Forget all counts; running recordings go on."""
+        self._settle()
         with self._lock:
             self._uses.clear()
             self._fallbacks.clear()
+
+    def _settle(self) -> None:
+        for late in list(self._late):
+            tell = late()
+            if tell is not None:
+                tell()
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody records routes."""
+        return bool(self._recorders)
 
     def wants(self, layer: int) -> bool:
         """Say whether somebody records the routes of `layer`."""

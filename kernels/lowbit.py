@@ -112,16 +112,43 @@ class LowBitSummary:
         self._codes = grown(self._codes, used, used + new, 1 if self._bytes_last else 2)
         self.scales = grown(self.scales, used, used + new, 1)
         if self._bytes_last and triton_serves(self.kernels, keys.device, keys.dtype, self.dim):
-            encode(
-                keys, self.centre, self.codes, self.scales, used, self.bits, _STEP[self.bits],
-                self._turned_centre,
-            )  # fmt: skip
+            self._encode(keys, used)
         else:
             rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
             codes, scales = encode_keys(rotated, self.bits)
             self.codes[:, :, used : used + new] = codes
             self.scales[:, used : used + new] = scales
         self.groups += new // self.group_size
+
+    def reserve(self, keys: Tensor, tokens: int) -> None:
+        """Make room for `tokens` tokens, and encode keys after the last group, which stay uncounted.
+
+        With `encode_last`, whose tokens are not counted either, kernels can score groups that are not there
+        yet: their scales are 0. Only where codes lie as a GPU reads them.
+
+        Parameters
+        ----------
+        keys : Tensor
+            ``[rows, n, dim]``: those of a group that is not complete; `n` may be 0.
+        tokens : int
+            Of the sequence at most.
+        """
+        used, new = self.groups * self.group_size, keys.shape[1]
+        self._codes = grown(self._codes, used, tokens, 1)
+        self.scales = grown(self.scales, used, tokens, 1)
+        self.scales[:, used:] = 0
+        if new:
+            self._encode(keys, used)
+
+    def encode_last(self, keys: Tensor, end: Tensor) -> None:
+        """Encode ``[rows, n, dim]`` keys of the last tokens of as many as `end` says, int32 on the GPU."""
+        self._encode(keys, end)
+
+    def _encode(self, keys: Tensor, begin: int | Tensor) -> None:
+        encode(
+            keys, self.centre, self.codes, self.scales, begin, self.bits, _STEP[self.bits],
+            self._turned_centre,
+        )  # fmt: skip
 
     def truncate(self, groups: int) -> None:
         """Forget every group from number `groups` on."""

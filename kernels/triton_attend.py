@@ -23,7 +23,6 @@ def attend_listed(
     query: Tensor,
     logits: Tensor | None,
     *,
-    length: int,
     group_size: int,
     scale: float,
     softcap: float,
@@ -49,8 +48,6 @@ def attend_listed(
         ``[rows, heads, dim]``, contiguous, dtype of the pages, or of what coded ones stand for.
     logits : Tensor or None
         ``[kv_heads * heads]`` float32: attention sinks (see `scoring.Scoring`).
-    length : int
-        Tokens of the sequence.
     group_size : int
         Tokens of a group, a power of two.
     scale, softcap : float
@@ -97,8 +94,8 @@ def attend_listed(
     pool, entries = (None, None) if hot is None else hot
     exact, early = query.dtype == torch.float32, overlap(query.device)
     _attend[(splits, rows)](
-        pages, chosen, spans, query, partial[0], stats[0], stats[1], chosen.shape[1], length, scale, softcap,
-        rows, splits, shares, rows_of_span, slots, 0 if slots is None else slots.stride(0),
+        pages, chosen, spans, query, partial[0], stats[0], stats[1], chosen.shape[1], scale, softcap, rows,
+        splits, shares, rows_of_span, slots, 0 if slots is None else slots.stride(0),
         mean, shifts, rest, rest_totals, chunks, pool, 0 if pool is None else pool.stride(0), entries,
         SPAN=spans.shape[1], HEADS=heads, PADDED_HEADS=padded, DIM=dim, V_DIM=v_dim,
         PADDED=max(16, triton.next_power_of_2(dim)), V_PADDED=max(16, triton.next_power_of_2(v_dim)),
@@ -199,11 +196,9 @@ def _tile(
     return most, total, result, left_total, left
 
 
-@triton.jit(
-    do_not_specialize=["width", "length", "rows", "splits", "shares", "rows_of_span", "slot_row", "chunks"]
-)
+@triton.jit(do_not_specialize=["width", "rows", "splits", "shares", "rows_of_span", "slot_row", "chunks"])
 def _attend(
-    pages, chosen, spans, query, partial, peaks, totals, width, length, scale, softcap, rows, splits, shares,
+    pages, chosen, spans, query, partial, peaks, totals, width, scale, softcap, rows, splits, shares,
     rows_of_span, slots, slot_row, mean, shifts, rest, rest_totals, chunks, pool, pool_row, entries,
     SPAN: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr,
@@ -215,7 +210,7 @@ def _attend(
     span = spans + row // rows_of_span * SPAN
     sinks = tl.load(span + 1) - tl.load(span)
     listed = sinks + tl.load(span + 3) + tl.load(span + 4) - tl.load(span + 2)
-    start = tl.load(span + 5)
+    start, length = tl.load(span + 5), tl.load(span + 6)
     head = tl.arange(0, PADDED_HEADS)
     channel = tl.arange(0, PADDED)
     v_channel = tl.arange(0, V_PADDED)

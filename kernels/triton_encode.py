@@ -28,7 +28,7 @@ def encode(
     centre: Tensor,
     codes: Tensor,
     scales: Tensor,
-    begin: int,
+    begin: int | Tensor,
     bits: int,
     step: float,
     turned: Tensor | None = None,
@@ -45,8 +45,9 @@ def encode(
         ``[rows, bytes, tokens]`` uint8, written from token `begin` on (see `lowbit.encode_keys`).
     scales : Tensor
         ``[rows, tokens]`` float16, likewise.
-    begin : int
-        Token that the first key is.
+    begin : int or Tensor
+        Token that the first key is. A tensor, int32 on the GPU, tells the tokens there are with these, first:
+        for a few keys.
     bits : int
         1, 2, 4 or 8.
     step : float
@@ -58,7 +59,8 @@ def encode(
     if keys.stride(2) != 1:
         keys = keys.contiguous()
     padded = max(16, triton.next_power_of_2(dim))
-    if new > _FEW and keys.element_size() == 2 and padded <= _HELD:
+    begin, end = (0, begin) if isinstance(begin, Tensor) else (begin, None)
+    if end is None and new > _FEW and keys.element_size() == 2 and padded <= _HELD:
         if turned is None:
             turned = centre.float() @ rotation(dim, keys.device)
         _encode_many(keys, turned, codes, scales, begin, bits, step)
@@ -67,7 +69,7 @@ def encode(
     tokens = launch.tokens
     _encode[(triton.cdiv(new, tokens), rows)](
         keys, keys.stride(0), keys.stride(1), centre, rotation(dim, keys.device), codes, *codes.stride(),
-        scales, scales.stride(0), new, begin, step,
+        scales, scales.stride(0), new, begin, end, step,
         DIM=dim, PADDED=padded, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=tokens,
         COLUMNS=min(padded, launch.columns), num_warps=launch.warps,
     )  # fmt: skip
@@ -176,13 +178,15 @@ def _encode_rows(
 @triton.jit(do_not_specialize=["new", "begin"])
 def _encode(
     keys, key_row, key_token, centre, matrix, codes, code_row, code_byte, code_token, scales, scale_row, new,
-    begin, step,
+    begin, end, step,
     DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     TOP: tl.constexpr = (2**BITS - 1) / 2
     row = tl.program_id(1).to(tl.int64)
+    if end is not None:
+        begin = tl.load(end) - new
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, PADDED)
     used = (token[:, None] < new) & (channel[None, :] < DIM)

@@ -19,7 +19,7 @@ def place_groups(
     owners: Tensor,
     used: Tensor,
     clock: Tensor,
-    complete: int,
+    group_size: int,
     rows_of_span: int,
 ) -> Tensor:
     """Look listed groups up, and give those that are not there slots that others give up.
@@ -39,8 +39,8 @@ def place_groups(
         ``[rows, slots]`` int32: the group in a slot (-1: none), and when it was listed last; changed.
     clock : Tensor
         ``[rows, 4]`` int32: now, the hand, when it came by slot 0, misses so far; changed.
-    complete : int
-        Groups whose tokens are all there: only these are kept.
+    group_size : int
+        Tokens of a group: only groups whose tokens are all there are kept.
     rows_of_span : int
         Rows that a line of `spans` is for.
 
@@ -55,20 +55,21 @@ def place_groups(
     step = min(_STEP, max(32, triton.next_power_of_2(width)))
     _place[(rows,)](
         chosen, spans, table, owners, used, clock, entries, victims, width, table.stride(0),
-        owners.shape[1], complete, rows_of_span, SPAN=spans.shape[1], STEP=step, num_warps=8,
+        owners.shape[1], rows_of_span, SPAN=spans.shape[1], GROUP=group_size, STEP=step, num_warps=8,
         **overlap(chosen.device),
     )  # fmt: skip
     return entries
 
 
-@triton.jit(do_not_specialize=["width", "table_row", "slots", "complete", "rows_of_span"])
+@triton.jit(do_not_specialize=["width", "table_row", "slots", "rows_of_span"])
 def _place(
-    chosen, spans, table, owners, used, clock, entries, victims, width, table_row, slots, complete,
-    rows_of_span, SPAN: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
+    chosen, spans, table, owners, used, clock, entries, victims, width, table_row, slots, rows_of_span,
+    SPAN: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     span = spans + row // rows_of_span * SPAN
     listed = tl.load(span + 1) - tl.load(span) + tl.load(span + 3) + tl.load(span + 4) - tl.load(span + 2)
+    complete = tl.load(span + 6) // GROUP
     follow(EARLY)
     chosen += row * width
     entries += row * width

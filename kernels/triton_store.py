@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["load_rows", "store_rows"]
 
 
-def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int) -> None:
+def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int | Tensor, group_size: int) -> None:
     """Write K/V rows as tokens ``begin, begin + 1, ...``.
 
     Parameters
@@ -17,8 +17,10 @@ def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size
         ``[groups, rows, group_size * (dim + v_dim)]`` (see `store.pages.Pages`); memory that the GPU reaches.
     key, value : Tensor
         ``[rows, n, dim]`` and ``[rows, n, v_dim]``, dtype of the pages.
-    begin, group_size : int
-        Token of the first row; tokens of a group.
+    begin : int or Tensor
+        Token of the first row. A tensor, int32 on the GPU, tells the tokens there are with these, first.
+    group_size : int
+        Tokens of a group.
     """
     _move(pages, key, value, begin, group_size, True)
 
@@ -51,23 +53,29 @@ def load_rows(
     return key, value
 
 
-def _move(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int, store: bool) -> None:
+def _move(
+    pages: Tensor, key: Tensor, value: Tensor, begin: int | Tensor, group_size: int, store: bool
+) -> None:
     rows, new, dim = key.shape
     v_dim = value.shape[2]
+    begin, end = (0, begin) if isinstance(begin, Tensor) else (begin, None)
     _copy[(new, rows)](
-        pages, key, *key.stride(), value, *value.stride(), begin, rows,
+        pages, key, *key.stride(), value, *value.stride(), begin, end, new, rows,
         DIM=dim, V_DIM=v_dim, GROUP=group_size, PADDED=triton.next_power_of_2(max(dim, v_dim)), STORE=store,
         num_warps=1,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["begin", "rows"])
+@triton.jit(do_not_specialize=["begin", "new", "rows"])
 def _copy(
-    pages, key, key_row, key_token, key_channel, value, value_row, value_token, value_channel, begin, rows,
+    pages, key, key_row, key_token, key_channel, value, value_row, value_token, value_channel, begin, end,
+    new, rows,
     DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     number = tl.program_id(0).to(tl.int64)
+    if end is not None:
+        begin = tl.load(end).to(tl.int64) - new
     token = begin + number
     page = pages + (token // GROUP * rows + row) * (GROUP * (DIM + V_DIM))
     channel = tl.arange(0, PADDED)

@@ -231,7 +231,7 @@ def tasks_of(
 
     def attend() -> Tensor:
         return attend_listed(
-            pages, chosen, table, query, None, length=tokens, group_size=size, scale=scale, softcap=0.0,
+            pages, chosen, table, query, None, group_size=size, scale=scale, softcap=0.0,
             rows_of_span=rows, kv_heads=rows,
         )  # fmt: skip
 

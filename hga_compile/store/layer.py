@@ -9,9 +9,19 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.attend import attend_window
-from hga_compile.kernels.call import Padding
+from hga_compile.kernels.call import Call, Padding
+from hga_compile.kernels.device_step import (
+    DeviceStep,
+    NotReplayed,
+    StepCosts,
+    attend_step,
+    current_step,
+    unfit,
+)
 from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.index import LayerIndex, MeanQuery
+from hga_compile.kernels.ledger import LEDGER
+from hga_compile.kernels.lowbit import LowBitSummary
 from hga_compile.kernels.routed import routed_attention
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.site import SiteConfig
@@ -62,6 +72,8 @@ class LayerStore:
         self, tier: Home | None = None, place: Offload | None = None, io: StorageIO | None = None
     ) -> None:
         self.length = 0
+        self.version = 0
+        """Grows with every change but those of `replayed`, which leave everything where it lies."""
         self.pages: Tier | None = None
         self.index: LayerIndex | None = None
         self.recent: Recent | None = None
@@ -99,6 +111,7 @@ class LayerStore:
         """
         batch, heads, new, dim = key.shape
         begin = length - new
+        self.version += 1
         if self.recent is not None:
             raise RuntimeError(
                 f"a layer that keeps only its window of {self.recent.window} tokens cannot give back all of "
@@ -145,6 +158,9 @@ class LayerStore:
         scoring: Scoring = PLAIN,
     ) -> Tensor:
         """Store new rows, then routed attention of the last queries (see `kernels.routed`)."""
+        step = current_step()
+        if step is not None:
+            return self._attend_step(step, query, key, value, scale, site, scoring)
         if self.pages is None:
             # The first rows are stored where the site wants them, not moved there afterwards.
             self.tier, self.place, self._layer = site.tier, site.place, site.layer
@@ -207,6 +223,73 @@ class LayerStore:
         out = attend_window(grouped, keys, values, mask, scale, window, scoring)
         return out.reshape(batch, -1, new, values.shape[3])
 
+    @_lasting
+    def prepare(self, step: DeviceStep, site: SiteConfig) -> None:
+        """Make room for the tokens of a `DeviceStep`, and bring the index up to date.
+
+        Raises
+        ------
+        NotReplayed
+            K/V or index are not as a site that was routed on a GPU leaves them.
+        StoreError
+            The tier has no room.
+        """
+        pages, index = self.pages, self.index
+        if pages is None or index is None or self.recent is not None or self.length != step.first:
+            raise NotReplayed("a layer that has not been routed yet")
+        settled = pages.group_size == site.routing.group_size and is_at(pages, site.tier, site.place)
+        if not settled or (index.routing, index.kernels) != (site.routing, site.kernels):
+            raise NotReplayed("a layer whose settings have changed")
+        if isinstance(pages, Fp8Pages):
+            raise NotReplayed("K/V in 8 bits (offload.kv_dtype)")
+        if pages.gpu_pages is None or not isinstance(index.groups, LowBitSummary):
+            raise NotReplayed("K/V or summaries that kernels of the GPU cannot read where they lie")
+        self.version += 1
+        pages.reserve(step.last)
+        done = index.groups.groups * site.routing.group_size
+        if not self.length - site.routing.group_size < done <= self.length:
+            raise NotReplayed("an index that is not up to date")
+        index.groups.reserve(pages.read(done, self.length)[0], step.last)
+
+    @_lasting
+    def _attend_step(
+        self,
+        step: DeviceStep,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        site: SiteConfig,
+        scoring: Scoring,
+    ) -> Tensor:
+        """Store new rows and attend at the position that `step` is at; `replayed` counts them."""
+        assert self.pages is not None and self.index is not None  # prepared
+        self._check(key, value)
+        batch, heads, _, dim = key.shape
+        grouped = query.reshape(batch, heads, -1, 1, dim)
+        key, value = key.detach().flatten(0, 1), value.detach().flatten(0, 1)
+        source, use = _Joined(self.pages, key, value, step.last), LEDGER.use(site.layer, "decode")
+        call = Call(
+            grouped, source, self.index, step.last, None, scale, site.routing, site.layer, use, scoring,
+            site.kernels,
+        )  # fmt: skip
+        reason = unfit(call, step)
+        if reason is not None:
+            raise NotReplayed(reason)
+        return attend_step(call, key, value, step).reshape(batch, -1, 1, value.shape[2])
+
+    def replayed(self, length: int) -> None:
+        """Count a token that a replayed `DeviceStep` has stored."""
+        assert self.pages is not None and self.index is not None and self.index.groups is not None  # prepared
+        self.length = length
+        self.index.groups.groups = length // self.pages.group_size
+        _ = self.pages.gpu_pages  # which kernels are at work on
+
+    def costs(self) -> StepCosts:
+        """Return what replayed steps are counted by."""
+        assert self.pages is not None and self.index is not None  # prepared
+        return StepCosts(self.pages.rows, self.batch, self.index.bytes_per_token())
+
     def truncate(self, length: int) -> None:
         """Forget tokens from number `length` on.
 
@@ -215,6 +298,7 @@ class LayerStore:
         RuntimeError
             A sliding layer that has forgotten tokens which would be visible again.
         """
+        self.version += 1
         if length < self.length:
             if self.recent is not None:
                 self.recent.truncate(length)
@@ -229,6 +313,7 @@ class LayerStore:
     @_lasting
     def select_batch(self, index: Tensor) -> None:
         """Replace the sequences of the batch by those of `index` (int64): reorder, repeat, select."""
+        self.version += 1
         if self.starts is not None:
             self.starts = self.starts[index.to("cpu")]
         if self.recent is not None:
@@ -258,6 +343,7 @@ class LayerStore:
 
     def close(self) -> None:
         """Give all K/V up at once; nothing may be asked afterwards."""
+        self.version += 1
         pages, self.pages = self.pages, None
         self.index = self.recent = None
         if pages is not None:

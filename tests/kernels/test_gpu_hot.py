@@ -44,7 +44,7 @@ class Steps:
         query = torch.randn(self.rows, 3, self.key.shape[2], device=self.place).to(self.key.dtype)
         chosen = chosen.to(self.place)
         given = {
-            "length": length, "group_size": 4, "scale": 0.3, "softcap": 0.0, "rows_of_span": self.rows,
+            "group_size": 4, "scale": 0.3, "softcap": 0.0, "rows_of_span": self.rows,
             "kv_heads": self.rows,
         }  # fmt: skip
         entries = self.hot.place(chosen, spans.table, length, 4, self.rows)

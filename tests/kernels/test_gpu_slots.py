@@ -55,7 +55,7 @@ def check(
             slots[row, group] = slot = next(free)
             pool[slot] = pages[group, row]
     given = {
-        "length": tokens, "group_size": size, "scale": 0.3, "softcap": 0.0, "rows_of_span": rows // lines,
+        "group_size": size, "scale": 0.3, "softcap": 0.0, "rows_of_span": rows // lines,
         "kv_heads": rows // lines,
     }  # fmt: skip
     where = torch.device(home) if home else place

@@ -1,0 +1,199 @@
+"""Which decode graphs can be recorded as one CUDA graph: only ops with K/V depend on the length."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from hga_compile.kernels.site import SiteConfig
+
+__all__ = ["Affine", "StepForm", "StepSite", "step_form"]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A number of a call: that of an input, and a constant added to it."""
+
+    source: int
+    """Number of the input."""
+    offset: int
+
+    def of(self, inputs: Any) -> int:
+        """Return the number in a call with these inputs."""
+        return int(inputs[self.source]) + self.offset
+
+
+@dataclass(frozen=True)
+class StepSite:
+    """One routed attention of a decode graph."""
+
+    handle: int
+    """Number of the input that is its handle."""
+    length: Affine
+    config: SiteConfig
+
+
+@dataclass(frozen=True)
+class StepForm:
+    """What a decode graph holds that changes from step to step."""
+
+    sites: tuple[StepSite, ...]
+    masks: tuple[int, ...]
+    """Numbers of the inputs that say which tokens are real; such a step is for those without padding."""
+    outputs: tuple[Affine | None, ...]
+    """A number for each output; None: a tensor, or nothing."""
+    single: bool
+    """Whether the graph returns one value rather than several."""
+
+
+def step_form(graph: GraphModule) -> StepForm | str | None:
+    """Look through a rewritten graph.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        From `pipeline.rewrite_graph`.
+
+    Returns
+    -------
+    StepForm, str or None
+        Why it cannot be recorded, as text; None: it is no decode graph at all.
+    """
+    targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    cached = torch.ops.hga.cached_attention.default
+    sites = [node for node in graph.graph.nodes if node.target is cached]
+    if not sites or any(node.args[0].meta["val"].shape[2] != 1 for node in sites):
+        return None
+    if all(isinstance(node.args[4], int) for node in sites):
+        return None  # a graph of one length
+    others = {target for target in targets if getattr(target, "namespace", "") == "hga"} - {cached}
+    if others:
+        return f"a layer that runs {', '.join(sorted(str(target) for target in others))}"
+    masks = _mask_nodes(graph)
+    if any(node.args[5] is not None and node.args[5] not in masks for node in sites):
+        return "a mask of keys that is worked out in the graph"
+    numbers = _numbers(graph, masks)
+    if isinstance(numbers, str):
+        return numbers
+    number_of = {node: i for i, node in enumerate(_placeholders(graph))}
+    found = []
+    for node in sites:
+        handle, length = node.args[3], numbers.get(node.args[4])
+        if handle not in number_of or length is None:
+            return "a length or a cache that is worked out in the graph"
+        found.append(StepSite(number_of[handle], length, SiteConfig.from_text(node.args[7])))
+    result = graph.graph.output_node().args[0]
+    values = (result,) if isinstance(result, Node) else result
+    if not isinstance(values, tuple | list):
+        return "an output that is neither tensor nor number"
+    outputs = []
+    for value in values:
+        number = numbers.get(value) if isinstance(value, Node) else None
+        tensor = isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)
+        if number is None and not tensor and value is not None:
+            return "an output that is neither tensor nor number"
+        outputs.append(number)
+    given = tuple(number_of[node] for node in masks if node in number_of)
+    return StepForm(tuple(found), given, tuple(outputs), isinstance(result, Node))
+
+
+def _placeholders(graph: GraphModule) -> list[Node]:
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _mask_nodes(graph: GraphModule) -> set[Node]:
+    """Return masks of keys that are inputs, and views of them: nothing but attention reads them."""
+    cached, aten = torch.ops.hga.cached_attention.default, torch.ops.aten
+    views = (aten.select.int, aten.slice.Tensor, aten.squeeze.dim, aten.unsqueeze.default)
+    masks: set[Node] = set()
+    for node in graph.graph.nodes:
+        value = _value(node)
+        if not _grows(value) or not isinstance(value, Tensor) or value.dtype.is_floating_point:
+            continue
+        if node.op == "placeholder" or (node.target in views and node.args[0] in masks):
+            masks.add(node)
+    while True:
+        # A view that something else reads makes what it is a view of unfit too.
+        read = {
+            node
+            for node in masks
+            if any(
+                user not in masks
+                and not (user.target is cached and user.args.count(node) == 1 and user.args[5] is node)
+                for user in node.users
+            )
+        }
+        if not read:
+            return masks
+        masks -= read
+
+
+def _numbers(graph: GraphModule, masks: set[Node]) -> dict[Any, Affine] | str:
+    """Return the numbers of the graph that vary, or what else of it varies with them."""
+    numbers: dict[Any, Affine] = {}
+    for i, node in enumerate(_placeholders(graph)):
+        if isinstance(_value(node), torch.SymInt | int):
+            numbers[node] = Affine(i, 0)
+    cached = torch.ops.hga.cached_attention.default
+    for node in graph.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr") or node in masks:
+            if node not in masks and node.op == "placeholder" and _grows(_value(node)) and node.users:
+                return "a tensor that grows with the sequence"
+            continue
+        used = [source for source in node.all_input_nodes if source in numbers]
+        if node.target is cached:
+            if any(source is not node.args[4] for source in used):
+                return "a number that attention reads"
+        elif used and (added := _added(node, used)) is not None:
+            former = numbers[used[0]]
+            numbers[node] = Affine(former.source, former.offset + added)
+        elif used:
+            return f"{node.target} of a length"
+        elif isinstance(_value(node), torch.SymInt | torch.SymFloat | torch.SymBool):
+            return f"{node.target}, a number that the CPU must know"
+        if _grows(_value(node)):
+            return "a tensor that grows with the sequence"
+        if _writes_input(node):
+            return f"{node.target} into an input"
+    return numbers
+
+
+def _added(node: Node, used: list[Node]) -> int | None:
+    """Return what a node adds to the one number that it uses; None if it does something else."""
+    parts: tuple[Any, ...] = node.args
+    if node.target is torch.sym_sum and len(parts) == 1 and isinstance(parts[0], tuple | list):
+        parts = tuple(parts[0])
+    elif node.target is operator.sub and isinstance(parts[1], int):
+        parts = (parts[0], -parts[1])
+    elif node.target is not operator.add:
+        return None
+    rest = [part for part in parts if isinstance(part, int)]
+    if len(used) != 1 or len(rest) != len(parts) - 1 or used[0] not in parts:
+        return None
+    return sum(rest)
+
+
+def _value(node: Node) -> Any:
+    return node.meta.get("val")
+
+
+def _grows(value: Any) -> bool:
+    parts = value if isinstance(value, tuple | list) else (value,)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return any(not isinstance(size, int) for part in tensors for size in part.shape)
+
+
+def _writes_input(node: Node) -> bool:
+    """Whether an op other than hga's writes to what a call is given."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or getattr(node.target, "namespace", "") == "hga":
+        return False
+    written = [
+        node.args[i]
+        for i, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write and i < len(node.args)
+    ]
+    return any(isinstance(part, Node) and part.op == "placeholder" for part in written)

@@ -1,0 +1,221 @@
+"""Decode steps recorded once and replayed: on a GPU as a CUDA graph; in Triton's interpreter by running again
+what was recorded, with every number that the CPU held then."""
+
+import contextvars
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import hga_compile
+from hga_compile import HGACache
+from hga_compile import replay as replay_module
+from hga_compile.kernels.device_step import current_step
+from hga_compile.kernels.ledger import LEDGER
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPTIONS = {
+    "inner": "eager", "kernels": "triton", "compile.cuda_graph": True, "prefill": "dense",
+    "routing.dense_below": 64, "routing.centre_tokens": 32, "routing.sinks": 4,
+    "routing.budget": {"tokens": 40, "fraction": None},
+}  # fmt: skip
+
+
+class Again:
+    """Runs the recorded call again, as a graph of kernels would: nothing that the CPU knows is new to it."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replays = 0
+
+    def serves(self, device: torch.device) -> bool:
+        return True
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        self.recorded += 1
+        out, context = run(), contextvars.copy_context()
+
+        def again() -> None:
+            self.replays += 1
+            current_step().begin()
+            for old, new in zip(tree_leaves(out), tree_leaves(run()), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+        return lambda: context.run(again), out
+
+
+class Graphs(Again):
+    """Counts what is recorded and replayed on a GPU."""
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        replay, out = replay_module._CUDA().record(run)
+        self.recorded += 1
+
+        def counted() -> None:
+            self.replays += 1
+            replay()
+
+        return counted, out
+
+
+@pytest.fixture
+def place() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if not INTERPRETED:
+        pytest.skip("needs a CUDA device (slow tests run this file in Triton's interpreter)")
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch, place: torch.device) -> Again:
+    found = Graphs() if place.type == "cuda" else Again()
+    monkeypatch.setattr(replay_module, "RECORDER", found)
+    monkeypatch.setattr(replay_module, "_WAIT", 2)
+    monkeypatch.setattr(replay_module, "_ROOM", 4)
+    monkeypatch.setattr(replay_module, "_STRETCH", 8)
+    return found
+
+
+@pytest.fixture
+def model(place: torch.device) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_hidden_layers=1, vocab_size=97, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval().to(place)
+    yield model
+    torch.compiler.reset()
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="hga", options={**OPTIONS, **options})
+
+
+def generate(model: Any, ids: torch.Tensor, tokens: int, **more: Any) -> torch.Tensor:
+    more.setdefault("past_key_values", HGACache(model.config))
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **more)
+
+
+def prompt(place: torch.device, batch: int = 1) -> torch.Tensor:
+    return torch.randint(0, 97, (batch, 90), generator=torch.Generator().manual_seed(1)).to(place)
+
+
+@pytest.mark.parametrize(("tier", "batch", "hot"), [("gpu", 1, None), ("host", 2, None), ("host", 1, 0.3)])
+def test_replayed_steps_give_the_tokens_and_counts_of_steps_that_are_not(
+    model: Any, place: torch.device, recorder: Again, tier: str, batch: int, hot: float | None
+) -> None:
+    if hot is not None and place.type != "cuda":
+        pytest.skip("a hot cache needs pinned memory")
+    ids, offload = prompt(place, batch), {"offload.tier": tier, "offload.hot_cache": hot}
+    plain = generate(compiled(model, **offload, **{"compile.cuda_graph": False}), ids, 16)
+    want = hga_compile.report()
+    torch.compiler.reset()
+    hga_compile.reset_report(sites=True)
+    cache = HGACache(model.config)
+    got = generate(compiled(model, **offload), ids, 16, past_key_values=cache)
+    assert torch.equal(got, plain)
+    # Steps 91 to 105: a stretch ends at 104 tokens.
+    assert recorder.recorded == 1
+    assert recorder.replays >= 8
+    found = hga_compile.report()
+    assert found.fallbacks == want.fallbacks
+    assert found.layers == want.layers
+    assert cache.get_seq_length() == 105
+    key, _ = cache.layers[0].state.full()
+    assert key.shape == (batch, 2, 105, 16)
+
+
+def test_a_cache_goes_on_after_replays_in_every_other_way(
+    model: Any, place: torch.device, recorder: Again
+) -> None:
+    ids = prompt(place)
+    plain, cache = compiled(model, **{"compile.cuda_graph": False}), HGACache(model.config)
+    text = generate(plain, ids, 8, past_key_values=cache)
+    more = torch.cat([text, ids[:, :5]], 1)
+    want = generate(plain, more, 8, past_key_values=cache)
+    torch.compiler.reset()
+    routed, cache = compiled(model), HGACache(model.config)
+    assert torch.equal(generate(routed, ids, 8, past_key_values=cache), text)
+    assert recorder.replays > 0
+    # Several tokens at once, then steps again.
+    assert torch.equal(generate(routed, more, 8, past_key_values=cache), want)
+    # Back by some tokens: they are replaced.
+    length = cache.get_seq_length()
+    cache.crop(-6)
+    assert cache.get_seq_length() == length - 6
+    again = generate(routed, want[:, :-5], 5, past_key_values=cache)
+    assert torch.equal(again, want)
+
+
+def test_another_cache_is_recorded_anew_and_a_freed_one_is_not_held(
+    model: Any, place: torch.device, recorder: Again
+) -> None:
+    from hga_compile.kernels.states import STATES
+
+    routed, ids = compiled(model), prompt(place)
+    first = generate(routed, ids, 10)
+    once = recorder.recorded
+    second = generate(routed, ids.flip(1), 10)
+    assert recorder.recorded > once
+    assert not torch.equal(first, second)
+    del routed
+    gc.collect()
+    assert STATES.count() == 0
+
+
+def test_steps_whose_routes_are_recorded_run_as_they_are(
+    model: Any, place: torch.device, recorder: Again
+) -> None:
+    routed, ids = compiled(model), prompt(place)
+    with hga_compile.record_routes() as records:
+        generate(routed, ids, 10)
+    assert recorder.replays == 0
+    assert len([record for record in records if record.groups.shape[2] == 1]) == 9
+    assert any("recorded routes" in reason for reason in hga_compile.report().fallbacks)
+
+
+def test_a_recording_that_fails_costs_no_token(
+    model: Any, place: torch.device, recorder: Again, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = prompt(place)
+    want = generate(compiled(model, **{"compile.cuda_graph": False}), ids, 10)
+    torch.compiler.reset()
+    hga_compile.reset_report()
+
+    def broken(run: Callable[[], Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorder, "record", broken)
+    assert torch.equal(generate(compiled(model), ids, 10), want)
+    reasons = [reason for reason in hga_compile.report().fallbacks if "one CUDA graph" in reason]
+    assert reasons == [
+        "decode steps are not one CUDA graph: RuntimeError: operation not permitted when stream is capturing"
+    ]
+    use = LEDGER.uses()[0, "decode"]
+    assert use.calls == 9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="for the interpreter, outside of it")
+def test_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=550
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
