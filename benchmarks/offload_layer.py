@@ -120,8 +120,8 @@ class Layer:
             entries = hot.place(chosen, spans.table, step.length, size, 1)
             near = hot.pool, entries
         return attend_listed(
-            pages, chosen, spans.table, self.query, None, length=step.length, group_size=size, scale=scale,
-            softcap=0.0, rows_of_span=1, kv_heads=rows, slots=slots, hot=near,
+            pages, chosen, spans.table, self.query, None, group_size=size, scale=scale, softcap=0.0,
+            rows_of_span=1, kv_heads=rows, slots=slots, hot=near,
         )  # fmt: skip
 
     def hot_cache(self, share: float) -> HotCache:

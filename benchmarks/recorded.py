@@ -35,7 +35,7 @@ class Step:
     lists: tuple[NDArray[np.int32], ...]
     """Of each row: groups, ascending."""
     spans: Tensor
-    """``[rows, 6]`` int32 on the CPU: `gpu.Spans.table`, a line for each row."""
+    """``[rows, 7]`` int32 on the CPU: `gpu.Spans.table`, a line for each row."""
 
     def chosen(self, width: int) -> Tensor:
         """Return the lists as ``[rows, width]`` int32, on the CPU."""
@@ -134,7 +134,7 @@ class Recording:
             chosen = chosen[(chosen >= plan[1]) & (chosen < plan[2])]
             ends = np.arange(plan[0], plan[1]), np.arange(plan[2], plan[3])
             lists.append(np.concatenate([ends[0], chosen, ends[1]]).astype(np.int32))
-            lines.append([*plan[:3], len(chosen), plan[3], 0])
+            lines.append([*plan[:3], len(chosen), plan[3], 0, tokens - back])
         spans = torch.tensor(lines, dtype=torch.int32, device="cpu")
         return Step(tokens - back, tuple(lists), spans)
 

@@ -26,9 +26,9 @@ def test_a_layer_replays_what_was_recorded():
     assert found <= {tuple(np.flatnonzero(marks)) for marks in made.groups[5]}
     assert len(found) == 3
     assert [step.length for step in steps] == [*range(1013, 1025)]
-    start, end, window, chosen, last, first = steps[5].spans.unbind(1)
+    start, end, window, chosen, last, first, tokens = steps[5].spans.unbind(1)
     assert (end - start + chosen + last - window).tolist() == [len(own) for own in steps[5].lists]
-    assert first.tolist() == [0, 0, 0]
+    assert first.tolist() == [0, 0, 0] and tokens.tolist() == [1018, 1018, 1018]
     other = made.layer(1, 3, 1024)
     assert not found & {tuple(own) for own in other[5].lists}, "another layer has other heads"
 

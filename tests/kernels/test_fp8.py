@@ -112,10 +112,10 @@ def test_coded_pages_are_attended_to_as_what_they_stand_for(place, dtype, dim, v
     value[0, 7, 3] = torch.nan
     pages, plain = coded_pages(key, value)
     spans = gpu.spans_of(routing, plan_queries(routing, tokens - 2, 1, None), None, place)
-    begin, end, window, count, last, _ = spans.table[0].tolist()
+    begin, end, window, count, last, *_ = spans.table[0].tolist()
     query = torch.randn(rows, 3, dim).to(dtype).to(place)
     named = {
-        "length": tokens - 1, "group_size": 4, "scale": 0.1, "softcap": 0.0, "rows_of_span": rows,
+        "group_size": 4, "scale": 0.1, "softcap": 0.0, "rows_of_span": rows,
         "kv_heads": rows,
     }  # fmt: skip
     hot = HotCache(rows, pages.shape[2], 0.6, torch.uint8, place)

@@ -9,11 +9,14 @@ from gpu_cases import INTERPRETED
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import gpu
+from hga_compile.kernels import gpu, gpu_tiles
+from hga_compile.kernels.fp8 import EXTRA
+from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.plan import plan_queries
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.scoring import Scoring
 from hga_compile.kernels.tail import TailSummary
+from hga_compile.kernels.tiles import plan_tiles
 
 pytestmark = [
     pytest.mark.slow,
@@ -116,3 +119,63 @@ def test_summarising_keys_and_moving_rows(compiled, new):
     gpu.store_rows(pages, keys[:, :1], keys[:, :1], 5, 4)
     gpu.load_rows(pages, 5, 9, 128, 4, keys.device)
     assert compiled == ["_store", "_encode" if new == 1 else "_encode_rows", "_copy", "_copy"]
+
+
+def test_storing_at_a_position_that_the_gpu_knows(compiled):
+    """As in a recorded decode step."""
+    end = torch.tensor([700], dtype=torch.int32)
+    keys = torch.empty(8, 1, 128, dtype=torch.bfloat16)
+    codes = torch.empty(8, 9000, 32, dtype=torch.uint8).transpose(1, 2)
+    rotation(128, keys.device)
+    gpu.encode(keys, torch.empty(8, 128), codes, torch.empty(8, 9000, dtype=torch.float16), end, 2, 1.0)
+    gpu.store_rows(torch.empty(3000, 8, 4 * 256, dtype=torch.bfloat16), keys, keys, end, 4)
+    assert compiled == ["_encode", "_copy"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("cached", [False, True])
+def test_pages_of_each_type_with_and_without_slots(compiled, dtype, cached):
+    from hga_compile.kernels.triton_attend import attend_listed
+
+    rows, dim, tokens = 8, 128, 8000
+    routing = Routing(dense_below=0)
+    spans = gpu.spans_of(routing, plan_queries(routing, tokens - 1, 1, None), None, torch.device("cpu"))
+    page = 4 * (2 * dim + (EXTRA if dtype == torch.uint8 else 0))
+    pages = torch.empty(tokens // 4, rows, page, dtype=dtype)
+    chosen = torch.zeros(rows, spans.width, dtype=torch.int32)
+    hot = None
+    if cached:
+        kept = HotCache(rows, page, 0.1, dtype, torch.device("cpu"))
+        entries = kept.place(chosen, spans.table, tokens, 4, rows)  # makes the pool
+        hot = kept.pool, entries
+    query = torch.empty(rows, 4, dim, dtype=torch.bfloat16)
+    attend_listed(
+        pages, chosen, spans.table, query, None, group_size=4, scale=1.0, softcap=0.0, rows_of_span=rows,
+        kv_heads=rows, hot=hot,
+    )  # fmt: skip
+    assert compiled == [*(["_place"] if cached else []), "_attend", "_merge"]
+
+
+@pytest.mark.parametrize("shape", [(4, 128, torch.bfloat16), (2, 80, torch.float16)], ids=str)
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_prefill_in_tiles(compiled, tail, shape):
+    heads, dim, dtype = shape
+    tokens, rows = 4096, 8
+    routing = Routing(dense_below=0, tail="estimate" if tail else "drop")
+    tiles = plan_tiles(routing, 2048, 2048, None, 64)
+    known = tiles.plan.last_window
+    codes = torch.empty(rows, tokens, dim // 4, dtype=torch.uint8).transpose(1, 2)
+    keys = gpu_tiles.tile_keys(
+        codes, torch.empty(rows, tokens, dtype=torch.float16), known, 4, 2, dim, None
+    )  # fmt: skip
+    rest = None
+    if tail:
+        rest = TailSummary(routing.chunk_size, torch.zeros(rows, heads, dim), dim)
+        rest.append(torch.zeros(rows, tokens, dim), torch.zeros(rows, tokens, dim))
+    gpu_tiles.prefill_tiles(
+        torch.empty(rows, tokens, dim, dtype=dtype), torch.empty(rows, tokens, dim, dtype=dtype), keys,
+        torch.empty(1, rows, heads, 2048, dim, dtype=dtype),
+        gpu_tiles.tile_spans(tiles, True, None, torch.device("cpu")), tiles, first=2048, routing=routing,
+        scale=1.0, tail=rest,
+    )  # fmt: skip
+    assert {"_attend"} <= set(compiled) and len(set(compiled)) >= 5

@@ -34,7 +34,7 @@ class Steps:
         pages = pages_of(self.key[:, :length], self.value[:, :length], 4, self.home).buffer
         plan = plan_queries(ROUTING, length - 1, 1, None)
         spans = gpu.spans_of(ROUTING, plan, None, self.place)
-        begin, end, window, count, last, _ = spans.table[0].tolist()
+        begin, end, window, count, last, *_ = spans.table[0].tolist()
         pool = torch.arange(end, window) if pool is None else pool
         chosen = torch.full((self.rows, spans.width), 10**6, dtype=torch.int32)
         for row in range(self.rows):
