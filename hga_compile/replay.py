@@ -22,6 +22,8 @@ from hga_compile.kernels.states import STATES
 from hga_compile.passes.replayable import StepForm
 from hga_compile.store.errors import StoreError
 from hga_compile.store.layer import LayerStore
+from hga_compile.store.stepping import costs as costs_of
+from hga_compile.store.stepping import prepare, stepped
 
 __all__ = ["RECORDER", "Recorder", "Replay"]
 
@@ -177,7 +179,7 @@ class Replay:
         last = -(-(length + _ROOM) // _STRETCH) * _STRETCH
         step = DeviceStep(length - 1, last, device)
         for state, site in zip(states, self.form.sites, strict=True):
-            state.prepare(step, site.config)
+            prepare(state, step, site.config)
         held = list(inputs)
         # What is the same tensor in step after step is read where it is: weights are not copied.
         numbers = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in self.form.masks]
@@ -190,8 +192,8 @@ class Replay:
         with stepping(step):
             first = self.call(*held)
         for state in states:
-            state.replayed(length)
-        versions, costs = [state.version for state in states], [state.costs() for state in states]
+            stepped(state, length)
+        versions, costs = [state.version for state in states], [costs_of(state) for state in states]
         self._recorded = recorded = Replayed(
             held, read, copied, step, [ref(state) for state in states], versions, costs, length - 1, length
         )
@@ -217,7 +219,7 @@ class Replay:
         recorded.step.seek(length - 1)
         recorded.replay()
         for state in states:
-            state.replayed(length)
+            stepped(state, length)
         recorded.done = length
         values = (recorded.out,) if self.form.single else recorded.out
         # The next replay writes to the same memory.

@@ -1,33 +1,21 @@
 """The state of one layer of one cache: its pages and its index."""
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
-
 import torch
 from torch import Tensor
 
 from hga_compile.configs.profile import Kernels, Offload
 from hga_compile.kernels.attend import attend_window
-from hga_compile.kernels.call import Call, Padding
-from hga_compile.kernels.device_step import (
-    DeviceStep,
-    NotReplayed,
-    StepCosts,
-    attend_step,
-    current_step,
-    unfit,
-)
-from hga_compile.kernels.hot import HotCache
+from hga_compile.kernels.call import Padding
+from hga_compile.kernels.device_step import current_step
 from hga_compile.kernels.index import LayerIndex, MeanQuery
-from hga_compile.kernels.ledger import LEDGER
-from hga_compile.kernels.lowbit import LowBitSummary
 from hga_compile.kernels.routed import routed_attention
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.kernels.states import STATES
-from hga_compile.store.fp8_pages import Fp8Pages
+from hga_compile.store.joined import Joined
+from hga_compile.store.lasting import lasting
 from hga_compile.store.recent import Recent, check_pair
+from hga_compile.store.stepping import attend_at
 from hga_compile.store.storage_io import StorageIO
 from hga_compile.store.tier import Held, Home, Tier
 from hga_compile.store.tiers import is_at, make_tier, moved
@@ -36,21 +24,6 @@ __all__ = ["LayerStore"]
 
 # Page size of K/V that no routed site has asked for yet.
 _PLAIN_GROUP = 64
-
-_F = TypeVar("_F", bound=Callable[..., object])
-
-
-def _lasting(method: _F) -> _F:
-    """Run a method outside inference mode: outside of it, tensors made inside cannot be written to."""
-    outside = torch.inference_mode(False)(torch.no_grad()(method))
-
-    @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> object:
-        # Changing modes costs a decode step more than storing its rows.
-        as_is = not (torch.is_inference_mode_enabled() or torch.is_grad_enabled())
-        return (method if as_is else outside)(*args, **kwargs)
-
-    return cast(_F, run)
 
 
 class LayerStore:
@@ -73,7 +46,7 @@ class LayerStore:
     ) -> None:
         self.length = 0
         self.version = 0
-        """Grows with every change but those of `replayed`, which leave everything where it lies."""
+        """Grows with every change but those of `stepping.stepped`, which leave everything where it lies."""
         self.pages: Tier | None = None
         self.index: LayerIndex | None = None
         self.recent: Recent | None = None
@@ -89,7 +62,7 @@ class LayerStore:
         self._group_size = _PLAIN_GROUP
         self._layer = 0
 
-    @_lasting
+    @lasting
     def put(self, key: Tensor, value: Tensor, length: int, kernels: Kernels = "auto") -> None:
         """Store rows as the last ones of `length` tokens; what was stored behind them is forgotten.
 
@@ -129,7 +102,7 @@ class LayerStore:
             )
         if kernels != self.pages.kernels:
             self.pages.use(kernels)
-        self._check(key, value)
+        self.check_rows(key, value)
         self.truncate(begin)
         self.pages.write(key.detach().flatten(0, 1), value.detach().flatten(0, 1), begin)
         self.length = length
@@ -145,7 +118,7 @@ class LayerStore:
         key, value = self.pages.read(0, self.length)
         return key.unflatten(0, (self.batch, -1)), value.unflatten(0, (self.batch, -1))
 
-    @_lasting
+    @lasting
     def attend(
         self,
         query: Tensor,
@@ -160,7 +133,7 @@ class LayerStore:
         """Store new rows, then routed attention of the last queries (see `kernels.routed`)."""
         step = current_step()
         if step is not None:
-            return self._attend_step(step, query, key, value, scale, site, scoring)
+            return attend_at(self, step, query, key, value, scale, site, scoring)
         if self.pages is None:
             # The first rows are stored where the site wants them, not moved there afterwards.
             self.tier, self.place, self._layer = site.tier, site.place, site.layer
@@ -168,12 +141,12 @@ class LayerStore:
         self._check_padding(key_mask, length)
         self.put(key, value, length, site.kernels)
         pages, index = self._settle(site)
-        source = _Joined(pages, key.detach().flatten(0, 1), value.detach().flatten(0, 1), length)
+        source = Joined(pages, key.detach().flatten(0, 1), value.detach().flatten(0, 1), length)
         return routed_attention(
             query, source, index, length, key_mask, scale, site.routing, site.layer, scoring, site.kernels
         )
 
-    @_lasting
+    @lasting
     def attend_window(
         self,
         query: Tensor,
@@ -223,73 +196,6 @@ class LayerStore:
         out = attend_window(grouped, keys, values, mask, scale, window, scoring)
         return out.reshape(batch, -1, new, values.shape[3])
 
-    @_lasting
-    def prepare(self, step: DeviceStep, site: SiteConfig) -> None:
-        """Make room for the tokens of a `DeviceStep`, and bring the index up to date.
-
-        Raises
-        ------
-        NotReplayed
-            K/V or index are not as a site that was routed on a GPU leaves them.
-        StoreError
-            The tier has no room.
-        """
-        pages, index = self.pages, self.index
-        if pages is None or index is None or self.recent is not None or self.length != step.first:
-            raise NotReplayed("a layer that has not been routed yet")
-        settled = pages.group_size == site.routing.group_size and is_at(pages, site.tier, site.place)
-        if not settled or (index.routing, index.kernels) != (site.routing, site.kernels):
-            raise NotReplayed("a layer whose settings have changed")
-        if isinstance(pages, Fp8Pages):
-            raise NotReplayed("K/V in 8 bits (offload.kv_dtype)")
-        if pages.gpu_pages is None or not isinstance(index.groups, LowBitSummary):
-            raise NotReplayed("K/V or summaries that kernels of the GPU cannot read where they lie")
-        self.version += 1
-        pages.reserve(step.last)
-        done = index.groups.groups * site.routing.group_size
-        if not self.length - site.routing.group_size < done <= self.length:
-            raise NotReplayed("an index that is not up to date")
-        index.groups.reserve(pages.read(done, self.length)[0], step.last)
-
-    @_lasting
-    def _attend_step(
-        self,
-        step: DeviceStep,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        site: SiteConfig,
-        scoring: Scoring,
-    ) -> Tensor:
-        """Store new rows and attend at the position that `step` is at; `replayed` counts them."""
-        assert self.pages is not None and self.index is not None  # prepared
-        self._check(key, value)
-        batch, heads, _, dim = key.shape
-        grouped = query.reshape(batch, heads, -1, 1, dim)
-        key, value = key.detach().flatten(0, 1), value.detach().flatten(0, 1)
-        source, use = _Joined(self.pages, key, value, step.last), LEDGER.use(site.layer, "decode")
-        call = Call(
-            grouped, source, self.index, step.last, None, scale, site.routing, site.layer, use, scoring,
-            site.kernels,
-        )  # fmt: skip
-        reason = unfit(call, step)
-        if reason is not None:
-            raise NotReplayed(reason)
-        return attend_step(call, key, value, step).reshape(batch, -1, 1, value.shape[2])
-
-    def replayed(self, length: int) -> None:
-        """Count a token that a replayed `DeviceStep` has stored."""
-        assert self.pages is not None and self.index is not None and self.index.groups is not None  # prepared
-        self.length = length
-        self.index.groups.groups = length // self.pages.group_size
-        _ = self.pages.gpu_pages  # which kernels are at work on
-
-    def costs(self) -> StepCosts:
-        """Return what replayed steps are counted by."""
-        assert self.pages is not None and self.index is not None  # prepared
-        return StepCosts(self.pages.rows, self.batch, self.index.bytes_per_token())
-
     def truncate(self, length: int) -> None:
         """Forget tokens from number `length` on.
 
@@ -310,7 +216,7 @@ class LayerStore:
             if self.pages is not None:
                 self.pages.truncate(length)
 
-    @_lasting
+    @lasting
     def select_batch(self, index: Tensor) -> None:
         """Replace the sequences of the batch by those of `index` (int64): reorder, repeat, select."""
         self.version += 1
@@ -329,7 +235,7 @@ class LayerStore:
         self.noted = None if self.noted is None else self.noted.select_rows(rows)
         self.batch = len(index)
 
-    @_lasting
+    @lasting
     def clone(self) -> "LayerStore":
         """Return an independent copy; its index is made anew when it is needed."""
         other = LayerStore(self.tier, self.place, self.io)
@@ -395,7 +301,8 @@ class LayerStore:
                 "pass attention_mask (HGACache.attention_mask makes one)"
             )
 
-    def _check(self, key: Tensor, value: Tensor) -> None:
+    def check_rows(self, key: Tensor, value: Tensor) -> None:
+        """Refuse rows whose shape, dtype or device differs from what is stored."""
         assert self.pages is not None  # put made them
         pages = self.pages
         got = (key.shape[0], key.shape[0] * key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
@@ -413,47 +320,6 @@ def _gap(begin: int, length: int, stored: int) -> RuntimeError:
         f"K/V rows must follow on what is stored, got rows {begin} to {length} with {stored} stored; "
         "the cache and the model's own count of tokens differ"
     )
-
-
-class _Joined:
-    """Pages whose last tokens are still at hand on the compute device (a `kernels.call.KeyValues`)."""
-
-    def __init__(self, pages: Tier, key: Tensor, value: Tensor, length: int) -> None:
-        self.pages, self.key, self.value = pages, key, value
-        # What is attended to is what is stored, so that a cache that was saved goes on as this one would.
-        self.begin = length - (0 if isinstance(pages, Fp8Pages) else key.shape[1])
-        self.rows, self.dtype, self.v_dim, self.paged = pages.rows, pages.dtype, pages.v_dim, True
-
-    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        if end <= self.begin:
-            return self.pages.read(begin, end)
-        new = slice(max(0, begin - self.begin), end - self.begin)
-        if begin >= self.begin:
-            return self.key[:, new], self.value[:, new]
-        key, value = self.pages.read(begin, self.begin)
-        return torch.cat([key, self.key[:, new]], 1), torch.cat([value, self.value[:, new]], 1)
-
-    def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-        return self.pages.gather(groups, group_size)
-
-    def fetch(self, groups: Tensor) -> Tensor:
-        return self.pages.fetch(groups)
-
-    @property
-    def host_pages(self) -> Tensor | None:
-        return self.pages.host_pages
-
-    @property
-    def gpu_pages(self) -> Tensor | None:
-        return self.pages.gpu_pages
-
-    @property
-    def hot(self) -> HotCache | None:
-        return self.pages.hot
-
-    @property
-    def row_bytes(self) -> int:
-        return self.pages.row_bytes
 
 
 STATES.make = LayerStore

@@ -32,6 +32,7 @@ def hooked(model):
     return model
 
 
+@pytest.mark.slow
 def test_layers_with_hooks_of_their_own_are_routed_by_their_own_settings():
     # The last of all layers: a graph of one layer must know its number and how many there are.
     options = OPTIONS | {"routing.dense_layers": [-1]}

@@ -118,6 +118,7 @@ def test_weights_offloaded_to_the_cpu_give_the_same_logits():
     assert len({site.graph for site in sites if site.phase == "decode"}) >= 2
 
 
+@pytest.mark.slow
 def test_sliding_layers_of_an_offloaded_model_stay_exact_at_a_budget_below_their_window():
     plain = build(FAMILIES["Mistral"], sliding_window=16)
     offloaded = accelerate.cpu_offload(copy.deepcopy(plain), execution_device=CPU)
@@ -164,6 +165,7 @@ def test_layers_in_ram_and_kv_in_ram_give_the_same_tokens_on_a_gpu(tmp_path):
     assert Reason.ROUTED in reasons()
 
 
+@pytest.mark.slow
 def test_what_torch_compile_leaves_uncompiled_gives_the_same_logits_and_tokens():
     """All modules with hooks share one code object, of which torch compiles eight forms."""
     plain = build(FAMILIES["Gemma 3"])

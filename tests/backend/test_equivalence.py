@@ -10,8 +10,7 @@ from hga_compile.cache import HGALayer, HGASlidingLayer
 MODELS = [
     "llama",
     "gemma3",
-    "gpt2",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mistral")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "qwen3", "mistral")),
 ]
 PREFILL, CHUNK, STEPS = 20, 7, 16
 
@@ -37,7 +36,8 @@ def test_prefill_chunk_and_decode_of_a_padded_batch_equal_the_uncompiled_model(p
         assert report.totals("prefill").attended_fraction == report.totals("decode").attended_fraction == 1.0
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_the_same_without_a_mask(pairs, name):
     pair = pairs(name)
     expected = run(pair.plain, pair.cache(), conversation())

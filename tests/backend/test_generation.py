@@ -14,7 +14,7 @@ def same_tokens(pair, prompt, **settings):
     return torch.equal(pair.compiled.generate(prompt, **settings), pair.plain.generate(prompt, **settings))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_beam_search_equals_stock(pairs, name):
     assert same_tokens(
         pairs(name), tokens(2, 12), num_beams=3, max_new_tokens=8, attention_mask=left_padded(2, 12, 3)
@@ -22,6 +22,7 @@ def test_beam_search_equals_stock(pairs, name):
     assert hga_compile.report().layers
 
 
+@pytest.mark.slow
 def test_several_samples_of_one_prompt_equal_stock(pairs):
     results = []
     pair, prompt = pairs("llama"), tokens(1, 12)
@@ -32,7 +33,7 @@ def test_several_samples_of_one_prompt_equal_stock(pairs):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_prompt_lookup_crops_the_cache(pairs, name):
     prompt = torch.tensor([[5, 6, 7, 8, 9] * 5])
     assert same_tokens(pairs(name), prompt, prompt_lookup_num_tokens=5, max_new_tokens=16)
@@ -69,7 +70,9 @@ def test_generation_goes_on_with_a_returned_cache(pairs):
     )
 
 
-@pytest.mark.parametrize(("name", "options"), [("t5", TIGHT), ("bart", FULL)])
+@pytest.mark.parametrize(
+    ("name", "options"), [pytest.param("t5", TIGHT, marks=pytest.mark.slow), ("bart", FULL)]
+)
 def test_a_model_with_an_encoder_gives_the_same_tokens(recompile, name, options):
     """T5's relative positions are additive masks: dense. BART's own attention is routed."""
     pair = Pair(make_model(name), options)

@@ -100,6 +100,7 @@ def graphs_of(model, chunks):
     return found
 
 
+@pytest.mark.slow
 def test_other_backends_get_the_graphs_that_they_got_before(open_states):
     model, before = make_model("gemma3"), open_states()
     chunks = list(tokens(2, 8).split([6, 1, 1], 1))

@@ -53,7 +53,7 @@ def largest_allocation(run: Any, tokens: int) -> int:
 @pytest.mark.parametrize(
     ("name", "inner", "decision"),
     [
-        ("routed", "eager", "routed"),
+        pytest.param("routed", "eager", "routed", marks=pytest.mark.slow),
         ("sliding", "eager", "sliding window: exact, only the window is kept"),
         pytest.param(
             "sliding",

@@ -64,7 +64,7 @@ def test_an_explicit_cache_keeps_its_rows_on_files_from_the_first_token_on(model
     assert states == {"NvmePages"}
 
 
-@pytest.mark.parametrize("tier", ["host", "nvme"])
+@pytest.mark.parametrize("tier", ["host", pytest.param("nvme", marks=pytest.mark.slow)])
 def test_a_request_without_room_ends_and_the_next_one_is_right(model, tier, tmp_path, monkeypatch, recompile):
     short, long = tokens(1, 64, seed=3), tokens(1, 600)
     options = {"offload.nvme_folder": str(tmp_path), **NVME, "tier": tier}
@@ -96,6 +96,7 @@ def test_a_request_without_room_ends_and_the_next_one_is_right(model, tier, tmp_
     assert STATES.count() <= states and len(os.listdir("/proc/self/fd")) <= files
 
 
+@pytest.mark.slow
 def test_a_cache_that_found_no_room_goes_on_where_it_was(model, recompile):
     """Compiled code counts tokens once a step is through: the same step can be taken again, shorter."""
     budget = 300 * 2 * 2 * 2 * 64 * 4

@@ -38,6 +38,7 @@ def check(whole, split):
             assert tuple(sum(rank["used"][phase][part] for rank in ranks) for part in (0, 1)) == used
 
 
+@pytest.mark.slow
 def test_two_ranks_route_their_own_heads_to_the_tokens_of_one_process(tmp_path):
     whole, split = compare("llama", tmp_path, [TIGHT], new=2, num_hidden_layers=1)
     check(whole, split)

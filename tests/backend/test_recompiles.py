@@ -11,7 +11,7 @@ STEPS = 64
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_decoding_does_not_recompile(recompile, name, with_mask):
     pair = Pair(make_model(name), fullgraph=True)
     ids = tokens(2, 5 + 3 + STEPS)
@@ -44,7 +44,7 @@ def test_generation_does_not_recompile_after_the_first_call(pairs):
             pair.compiled.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+@pytest.mark.parametrize("name", [pytest.param("gemma3", marks=pytest.mark.slow), "mistral"])
 def test_sliding_layers_keep_only_their_window(pairs, name):
     pair = pairs(name)
     cache = pair.cache()

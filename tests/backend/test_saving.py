@@ -44,7 +44,12 @@ def steps(pair: Pair, cache: HGACache, count: int = MORE) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "tiers"), [("llama", ("gpu", "nvme")), ("llama", ("nvme", "host")), ("gemma3", ("host", "gpu"))]
+    ("name", "tiers"),
+    [
+        ("llama", ("gpu", "nvme")),
+        pytest.param("llama", ("nvme", "host"), marks=pytest.mark.slow),
+        pytest.param("gemma3", ("host", "gpu"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_loaded_cache_goes_on_with_the_same_bits(name, tiers, tmp_path, recompile):
     before, after = (profile_of(tier) for tier in tiers)
@@ -64,6 +69,7 @@ def test_a_loaded_cache_goes_on_with_the_same_bits(name, tiers, tmp_path, recomp
         assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
 
 
+@pytest.mark.slow
 def test_estimates_of_the_tail_go_on_too(tmp_path, recompile):
     profile = profile_of(tail="estimate", chunk_size=16)
     pair = pair_of("llama", profile)
@@ -97,6 +103,7 @@ GO_ON = """
 """
 
 
+@pytest.mark.slow
 def test_generation_goes_on_in_another_process(tmp_path, recompile):
     profile = profile_of()
     model = make_model("llama")

@@ -70,7 +70,7 @@ def test_control_differs_from_the_first_profile_only_in_its_window():
     assert [row.name for row in make_rows(["default"], {}, control=False)] == ["default"]
 
 
-@pytest.mark.parametrize("steps", [16, 1024])
+@pytest.mark.parametrize("steps", [16, pytest.param(1024, marks=pytest.mark.slow)])
 def test_steps_of_a_prefill_change_nothing(tiny_model, reference, steps, monkeypatch):
     monkeypatch.setattr("hga_compile.evaluation.candidates.STEP", steps)
     told = []
@@ -98,7 +98,7 @@ def test_two_rows_of_one_name_are_refused():
         make_rows(["default", "default"], {})
 
 
-@pytest.mark.parametrize("mode", ["decode", "all"])
+@pytest.mark.parametrize("mode", ["decode", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_model_with_sliding_layers_is_dense_at_full_budget(mode):
     from transformers import AutoModelForCausalLM, Gemma3TextConfig
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 TOKENS, ROWS = 16384, 2
 PROGRAM = f"""
 import resource
@@ -27,6 +29,7 @@ print(peak({TOKENS}) - before)
 """
 
 
+@pytest.mark.slow
 def test_tiles_of_growing_length_leave_no_holes_in_the_heap():
     """Each tile once was a little longer than the one before: at 64K tokens the holes took 3 GiB."""
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)

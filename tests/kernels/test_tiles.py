@@ -116,7 +116,7 @@ CHUNKED = {"chunk_stage": "on", "chunk_budget": Budget(tokens=48)}
     [
         {},
         {"summary": "mean"},
-        CHUNKED,
+        pytest.param(CHUNKED, marks=pytest.mark.slow),
         {"summary": "mean", **CHUNKED},
         {"summary": "mean", **CHUNKED, "vote": "mass_max", "chunk_parts": 1},
         {"summary": "mean", **CHUNKED, "chunk_stage": "auto"},

@@ -155,6 +155,7 @@ def scenario(made: Pages) -> None:
     assert torch.equal(got[0], key.flip(0)) and torch.equal(got[1], key.flip(0))
 
 
+@pytest.mark.slow
 def test_a_refusal_at_any_piece_leaves_what_was_there(memory: HostMemory) -> None:
     failed = 0
     counting = FakeCuda(10**9)

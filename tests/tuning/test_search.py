@@ -169,7 +169,7 @@ def test_trials_of_something_else_are_not_gone_on_with(tmp_path):
         )
 
 
-@pytest.mark.parametrize("name", ["study.db", "study.journal"])
+@pytest.mark.parametrize("name", ["study.db", pytest.param("study.journal", marks=pytest.mark.slow)])
 def test_it_goes_on_after_kill_9(tmp_path, name):
     place = tmp_path / name
     script = Path(__file__).with_name("studies.py")
