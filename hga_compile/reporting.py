@@ -47,7 +47,9 @@ class LayerUse:
     dense_bytes: int
     """What dense attention would have read."""
     hits: int
+    """Routed groups that a hot cache (`offload.hot_cache`) had on the GPU."""
     misses: int
+    """Those that it fetched."""
 
     @property
     def attended_fraction(self) -> float:
@@ -58,6 +60,12 @@ class LayerUse:
     def bytes_fraction(self) -> float:
         """Bytes of K/V and summaries over the bytes of dense attention."""
         return (self.kv_bytes + self.summary_bytes) / self.dense_bytes if self.dense_bytes else 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over all groups that a hot cache was asked for; None without one."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,11 @@ class Report:
         phases = {phase: self.totals(phase) for phase in ("prefill", "decode")}
         totals = {
             phase: asdict(total)
-            | {"attended_fraction": total.attended_fraction, "bytes_fraction": total.bytes_fraction}
+            | {
+                "attended_fraction": total.attended_fraction,
+                "bytes_fraction": total.bytes_fraction,
+                "hit_rate": total.hit_rate,
+            }
             for phase, total in phases.items()
         }
         return {
@@ -103,6 +115,7 @@ class Report:
                     f"{phase}: {total.queries} queries x layers attended to {total.attended_fraction:.2%} of "
                     f"what they see; read {total.kv_bytes / dense:.2%} of the K/V bytes and "
                     f"{total.summary_bytes / dense:.2%} in summaries"
+                    + ("" if total.hit_rate is None else f"; the hot cache had {total.hit_rate:.0%}")
                 )
         lines += [f"fallback: {reason}: {count}" for reason, count in self.fallbacks.items()]
         return "\n".join(lines)

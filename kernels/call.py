@@ -146,6 +146,14 @@ class Call:
         return choose(self.kernels, self.need("decode" if self.query.shape[3] == 1 else "prefill"))
 
     @property
+    def hot(self) -> HotCache | None:
+        """Slots on the GPU for its pages, whose hits and misses count as this layer's; None without."""
+        hot = self.kv.hot
+        if hot is not None:
+            hot.report_as(self.layer)
+        return hot
+
+    @property
     def first(self) -> int:
         """Position of the first query."""
         return self.length - self.query.shape[3]

@@ -102,7 +102,7 @@ def _gpu_step(call: Call, plan: QueryPlan) -> Tensor | None:
     out, groups = decode_step(
         pages, codes, scales, query, spans, length=call.length, routing=routing, scale=call.scale,
         scoring=call.scoring, kv_heads=call.query.shape[1], parts=None if chunks is None else chunks.means,
-        tail=call.index.tail, fetch=call.kv.fetch, hot=call.kv.hot,
+        tail=call.index.tail, fetch=call.kv.fetch, hot=call.hot,
     )  # fmt: skip
     call.count_scored(plan.last_window)
     call.use.add_attended(spans.attended * (call.kv.rows // len(plan.visible)))

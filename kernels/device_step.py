@@ -187,7 +187,7 @@ def attend_step(call: Call, key: Tensor, value: Tensor, step: DeviceStep) -> Ten
     codes, scales = summary.stored
     out, _ = decode_step(
         pages, codes, scales, query, spans, length=call.length, routing=call.routing, scale=call.scale,
-        scoring=call.scoring, kv_heads=call.query.shape[1], hot=call.kv.hot,
+        scoring=call.scoring, kv_heads=call.query.shape[1], hot=call.hot,
     )  # fmt: skip
     return out.to(call.query.dtype)
 

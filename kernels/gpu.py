@@ -213,13 +213,11 @@ def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int | Tensor, g
     triton_store.store_rows(pages, key, value, begin, group_size)
 
 
-def load_rows(
-    pages: Tensor, begin: int, end: int, dim: int, group_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Read a few K/V rows (see `triton_store.load_rows`)."""
+def load_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int) -> None:
+    """Read K/V rows into `key` and `value` (see `triton_store.load_rows`)."""
     from hga_compile.kernels import triton_store
 
-    return triton_store.load_rows(pages, begin, end, dim, group_size, device)
+    triton_store.load_rows(pages, key, value, begin, group_size)
 
 
 def decode_step(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.kernels.fp8 import blank
+from hga_compile.kernels.ledger import LEDGER
 
 __all__ = ["HotCache"]
 
@@ -34,7 +35,10 @@ class HotCache:
         self.dtype, self.device = dtype, device
         self._kept = 0
         """Groups that may be in slots: those from here on are in none."""
-        self._make(0, torch.zeros(rows, dtype=torch.int32, device=device))
+        self._make(0)
+        self.counts = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        """``[rows, 2]`` int64: hits and misses so far."""
+        self._layer: int | None = None
         self.table = torch.full((rows, 0), -1, dtype=torch.int32, device=device)
         """``[rows, groups]`` int32: a group's slot, -1 without."""
 
@@ -61,7 +65,7 @@ class HotCache:
         wanted = max(1, int(groups * self.share))
         # A larger pool begins empty: it grows as seldom as memory that doubles.
         if wanted > self.slots:
-            self._make(max(wanted, self.slots + self.slots // 4), self.clock[:, 3])
+            self._make(max(wanted, self.slots + self.slots // 4))
             self.table.fill_(-1)
         if groups > self.table.shape[1]:
             table = torch.full(
@@ -71,8 +75,9 @@ class HotCache:
             self.table = table
         self._kept = max(self._kept, length // group_size)
         return place_groups(
-            chosen, spans, self.table, self.owners, self.used, self.clock, group_size, rows_of_span
-        )
+            chosen, spans, self.table, self.owners, self.used, self.clock, self.counts, group_size,
+            rows_of_span,
+        )  # fmt: skip
 
     def forget(self, group: int, poison: bool = False) -> None:
         """Give up groups from number `group` on: their tokens are about to change.
@@ -87,14 +92,21 @@ class HotCache:
 
     def misses(self) -> int:
         """Return how many groups were fetched so far; waits for the GPU."""
-        return int(self.clock[:, 3].sum())
+        return int(self.counts[:, 1].sum())
+
+    def report_as(self, layer: int) -> None:
+        """Have the ledger count hits and misses from now on, as those of a layer's decode steps."""
+        if layer != self._layer:
+            told = (0, 0) if self._layer is None else self.counts.sum(0).tolist()
+            self._layer = layer
+            LEDGER.count_on_device(layer, self, self.counts, told)
 
     def nbytes(self) -> int:
         """Return the bytes allocated."""
-        parts = (self.pool, self.table, self.owners, self.used, self.clock)
+        parts = (self.pool, self.table, self.owners, self.used, self.clock, self.counts)
         return sum(part.nbytes for part in parts)
 
-    def _make(self, slots: int, misses: Tensor) -> None:
+    def _make(self, slots: int) -> None:
         self.slots = slots
         """Of one row."""
         kind: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
@@ -104,7 +116,5 @@ class HotCache:
         """``[rows, slots]`` int32: the group in a slot, -1 without."""
         self.used = torch.full((self.rows, slots), -1, **kind)
         """``[rows, slots]`` int32: when its group was listed last."""
-        clock = torch.zeros(self.rows, 4, **kind)
-        clock[:, 3] = misses
-        self.clock = clock
-        """``[rows, 4]`` int32: now, the hand, when it came by slot 0, misses so far."""
+        self.clock = torch.zeros(self.rows, 3, **kind)
+        """``[rows, 3]`` int32: now, the hand, when it came by slot 0."""

@@ -4,8 +4,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from weakref import WeakMethod
+from dataclasses import dataclass, field, replace
+from weakref import ReferenceType, WeakMethod, ref
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ class Use:
     dense_row_bytes: int = 0
     """The same in the dtype of the model."""
     hits: int = 0
+    """Routed groups that a hot cache had in its slots."""
     misses: int = 0
+    """Those that it had not: they crossed PCIe."""
     _attended: int = 0
     _pending: dict[torch.device, Tensor] = field(default_factory=dict)
 
@@ -65,6 +67,21 @@ class RouteRecord:
     groups: Tensor
 
 
+@dataclass(frozen=True)
+class _OnDevice:
+    """Hits and misses that a device adds up."""
+
+    layer: int
+    owner: ReferenceType[object]
+    counts: Tensor
+    told: list[int]
+    """What has been counted of them."""
+
+
+# Counts on devices after which those of owners that are gone are settled.
+_MANY = 256
+
+
 class Ledger:
     """The process's one account of what was routed; safe to use from several threads."""
 
@@ -74,11 +91,26 @@ class Ledger:
         self._fallbacks: Counter[str] = Counter()
         self._recorders: list[tuple[frozenset[int] | None, list[RouteRecord]]] = []
         self._late: list[WeakMethod[Callable[[], None]]] = []
+        self._devices: list[_OnDevice] = []
 
     def settle_with(self, tell: Callable[[], None]) -> None:
         """Have a bound method called before counts are read; it adds those that its object has put off."""
         with self._lock:
             self._late = [late for late in self._late if late() is not None] + [WeakMethod(tell)]
+
+    def count_on_device(
+        self, layer: int, owner: object, counts: Tensor, told: Sequence[int] = (0, 0)
+    ) -> None:
+        """Have hits and misses added up in ``[rows, 2]`` int64 counted as those of a layer's decode steps.
+
+        The counts are read when somebody asks, which waits for the device. `owner` is not held, and `told`
+        not counted.
+        """
+        with self._lock:
+            self._devices.append(_OnDevice(layer, ref(owner), counts, list(told)))
+            many = len(self._devices) % _MANY == 0
+        if many:  # counts of owners that are gone must not pile up
+            self._settle()
 
     def use(self, layer: int, phase: str) -> Use:
         """Return the counters of a layer in a phase (`prefill` or `decode`), made on first use."""
@@ -113,6 +145,17 @@ class Ledger:
             tell = late()
             if tell is not None:
                 tell()
+        with self._lock:
+            devices, self._devices = self._devices, []
+        for counted in devices:
+            gone = counted.owner() is None
+            now = counted.counts.sum(0).tolist()
+            use = self.use(counted.layer, "decode")
+            use.hits += now[0] - counted.told[0]
+            use.misses += now[1] - counted.told[1]
+            if not gone:
+                with self._lock:
+                    self._devices.append(replace(counted, told=now))
 
     @property
     def watched(self) -> bool:

@@ -19,6 +19,7 @@ def place_groups(
     owners: Tensor,
     used: Tensor,
     clock: Tensor,
+    counts: Tensor,
     group_size: int,
     rows_of_span: int,
 ) -> Tensor:
@@ -38,7 +39,9 @@ def place_groups(
     owners, used : Tensor
         ``[rows, slots]`` int32: the group in a slot (-1: none), and when it was listed last; changed.
     clock : Tensor
-        ``[rows, 4]`` int32: now, the hand, when it came by slot 0, misses so far; changed.
+        ``[rows, 3]`` int32: now, the hand, when it came by slot 0; changed.
+    counts : Tensor
+        ``[rows, 2]`` int64: hits and misses so far; changed.
     group_size : int
         Tokens of a group: only groups whose tokens are all there are kept.
     rows_of_span : int
@@ -54,7 +57,7 @@ def place_groups(
     entries, victims = torch.empty(2, rows, width, dtype=torch.int32, device=chosen.device).unbind()
     step = min(_STEP, max(32, triton.next_power_of_2(width)))
     _place[(rows,)](
-        chosen, spans, table, owners, used, clock, entries, victims, width, table.stride(0),
+        chosen, spans, table, owners, used, clock, counts, entries, victims, width, table.stride(0),
         owners.shape[1], rows_of_span, SPAN=spans.shape[1], GROUP=group_size, STEP=step, num_warps=8,
         **overlap(chosen.device),
     )  # fmt: skip
@@ -63,7 +66,8 @@ def place_groups(
 
 @triton.jit(do_not_specialize=["width", "table_row", "slots", "rows_of_span"])
 def _place(
-    chosen, spans, table, owners, used, clock, entries, victims, width, table_row, slots, rows_of_span,
+    chosen, spans, table, owners, used, clock, counts, entries, victims, width, table_row, slots,
+    rows_of_span,
     SPAN: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -77,10 +81,12 @@ def _place(
     table += row * table_row
     owners += row * slots
     used += row * slots
-    clock += row * 4
+    clock += row * 3
+    counts += row * 2
     place = tl.arange(0, STEP)
     now, hand, came = tl.load(clock) + 1, tl.load(clock + 1), tl.load(clock + 2)
     missing = 0
+    asked = 0
     begin = 0
     while begin < listed:
         inside = begin + place < listed
@@ -90,6 +96,7 @@ def _place(
         tl.store(used + slot, now, mask=slot >= 0)
         tl.store(entries + begin + place, slot, mask=inside)
         missing += tl.sum((kept & (slot < 0)).to(tl.int32), 0)
+        asked += tl.sum(kept.to(tl.int32), 0)
         begin += STEP
     # What threads of this program have written is read by others of it.
     tl.debug_barrier()
@@ -136,4 +143,5 @@ def _place(
     tl.store(clock, now)
     tl.store(clock + 1, hand)
     tl.store(clock + 2, came)
-    tl.store(clock + 3, tl.load(clock + 3) + missing)
+    tl.store(counts, tl.load(counts) + (asked - missing))
+    tl.store(counts + 1, tl.load(counts + 1) + missing)

@@ -1,6 +1,5 @@
 """Triton: K/V rows to and from their pages, in GPU memory or in pinned host memory, without a wait."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,32 +24,15 @@ def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int | Tensor, g
     _move(pages, key, value, begin, group_size, True)
 
 
-def load_rows(
-    pages: Tensor, begin: int, end: int, dim: int, group_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Read the K/V rows of the tokens ``begin <= token < end``.
+def load_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int) -> None:
+    """Read the K/V rows of the tokens ``begin, begin + 1, ...`` into `key` and `value`.
 
     Parameters
     ----------
-    pages : Tensor
+    pages, key, value, begin, group_size
         As `store_rows` takes them.
-    begin, end : int
-        Tokens.
-    dim, group_size : int
-        Channels of a key; tokens of a group.
-    device : torch.device
-        The GPU.
-
-    Returns
-    -------
-    tuple of Tensor
-        ``[rows, end - begin, dim]`` and ``[rows, end - begin, v_dim]``.
     """
-    rows, v_dim = pages.shape[1], pages.shape[2] // group_size - dim
-    key = torch.empty(rows, end - begin, dim, dtype=pages.dtype, device=device)
-    value = torch.empty(rows, end - begin, v_dim, dtype=pages.dtype, device=device)
     _move(pages, key, value, begin, group_size, False)
-    return key, value
 
 
 def _move(

@@ -14,6 +14,9 @@ __all__ = ["MemoryPlan", "Part", "Place", "layer_bytes", "plan_memory"]
 
 Place = Literal["gpu", "host", "nvme"]
 
+# What K/V that come from another place cross at once (see `store.pages`).
+_PIECE = 2**26
+
 
 @dataclass(frozen=True)
 class Part:
@@ -128,14 +131,14 @@ def plan_memory(
             Part("hot cache", "gpu", hot, f"{offload.hot_cache:.1%} of the token K/V, tables included")
         )
     # Beside what stays there are either the products of an MLP or attention over one layer's history.
-    history = 0 if place == "gpu" else 2 * context * rows * row
+    # Codes of 8 bits are there beside what they are decoded to.
+    history = context * rows * (row + (stored if offload.kv_dtype == "fp8" else 0))
+    history += 0 if place == "gpu" else min(_PIECE, context * rows * row)
     mlp, attention = _activations(card, batch * step, item)
     parts.append(Part("activations", "gpu", max(mlp, attention), f"a prefill step of {step:,} tokens"))
     staging = max(0, attention + history - max(mlp, attention))
     if staging:
-        parts.append(
-            Part("staging", "gpu", staging, "one layer's history, twice, while a prefill step reads it")
-        )
+        parts.append(Part("staging", "gpu", staging, "one layer's history while a prefill step reads it"))
     room = _room(gpu, profile, place, ram_layers)
     if place == "nvme":
         # A layer's pages on their way, and its last block.

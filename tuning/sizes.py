@@ -149,7 +149,7 @@ def hot_bytes(share: float, routing: Routing, tokens: Sequence[int], rows: int, 
             slots = max(wanted, slots + slots // 4)
         if groups > table:
             table = groups + groups // 4 + 64
-    pool, owners, used, clock = slots * size * row_bytes, slots * 4, slots * 4, 4 * 4
+    pool, owners, used, clock = slots * size * row_bytes, slots * 4, slots * 4, 3 * 4 + 2 * 8
     return rows * (pool + owners + used + table * 4 + clock)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from hga_compile.configs.profile import Kernels
 from hga_compile.kernels.fp8 import EXTRA, decode_pages, decode_pair, encode_pair
 from hga_compile.kernels.hot import HotCache
-from hga_compile.store.tier import Held, Tier
+from hga_compile.store.tier import Held, Pair, Tier
 
 __all__ = ["Fp8Pages"]
 
@@ -76,9 +76,14 @@ class Fp8Pages:
         """Give up tokens from number `length` on."""
         self.coded.truncate(length)
 
-    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def read(self, begin: int, end: int, into: Pair | None = None) -> Pair:
         """Return keys ``[rows, end - begin, dim]`` and values, on the compute device."""
-        return decode_pair(*self.coded.read(begin, end), self.dtype)
+        found = decode_pair(*self.coded.read(begin, end), self.dtype)
+        if into is None:
+            return found
+        for there, part in zip(into, found, strict=True):
+            there.copy_(part)
+        return into
 
     def fetch(self, groups: Tensor) -> Tensor:
         """Return the ``[rows, n]`` groups, decoded: pages ``[n, rows, page]`` on the compute device."""

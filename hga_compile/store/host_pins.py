@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ class Pins:
     def size(self) -> int:
         """Bytes that are pinned."""
         return sum(size for _, size in self._pieces)
+
+    def borders(self) -> list[int]:
+        """Return where pieces end, in bytes from the range's start, ascending."""
+        return list(accumulate(size for _, size in self._pieces))
 
     def extend(self, start: int, size: int) -> None:
         """Pin up to `size` bytes of the range at address `start`, a multiple of a page.

@@ -1,6 +1,7 @@
 """Host RAM that grows where it is: addresses are set aside first, memory behind them as it is needed."""
 
 import mmap
+from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -76,6 +77,13 @@ class HostRange:
             self._give_back(size)
             self.bytes = _over(self._memory, size)
         return self.bytes
+
+    def parts(self, begin: int, end: int) -> Iterator[slice]:
+        """Cut ``begin <= byte < end`` into what one call of a copy engine may move."""
+        borders = [] if self.pins is None else self.pins.borders()
+        for border in (*(border for border in borders if begin < border < end), end):
+            yield slice(begin, border)
+            begin = border
 
     def close(self) -> None:
         """Give all of it up."""

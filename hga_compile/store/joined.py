@@ -1,11 +1,10 @@
 """K/V of a layer as attention reads them: what is stored, and new rows that are still at hand."""
 
-import torch
 from torch import Tensor
 
 from hga_compile.kernels.hot import HotCache
 from hga_compile.store.fp8_pages import Fp8Pages
-from hga_compile.store.tier import Tier
+from hga_compile.store.tier import Tier, room_for
 
 __all__ = ["Joined"]
 
@@ -26,8 +25,12 @@ class Joined:
         new = slice(max(0, begin - self.begin), end - self.begin)
         if begin >= self.begin:
             return self.key[:, new], self.value[:, new]
-        key, value = self.pages.read(begin, self.begin)
-        return torch.cat([key, self.key[:, new]], 1), torch.cat([value, self.value[:, new]], 1)
+        key, value = room_for(self.pages, end - begin)
+        known = self.begin - begin
+        # Read to where they stay: a long history is there once.
+        self.pages.read(begin, self.begin, (key[:, :known], value[:, :known]))
+        key[:, known:], value[:, known:] = self.key[:, new], self.value[:, new]
+        return key, value
 
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of ``[rows, n]`` groups, ``[rows, n * group_size, dim]`` and ``[..., v_dim]``."""

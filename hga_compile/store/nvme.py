@@ -17,7 +17,7 @@ from hga_compile.store.page_format import HEADER_BYTES
 from hga_compile.store.pool import shared_pool
 from hga_compile.store.reader import BATCH_BYTES, PageReader, Traffic
 from hga_compile.store.storage_io import StorageIO
-from hga_compile.store.tier import Held
+from hga_compile.store.tier import Held, Pair, room_for
 
 __all__ = ["NvmePages"]
 
@@ -186,7 +186,7 @@ class NvmePages:
         elif self.place.poison:
             self._into_tail_nan(length - self._file.watermark * self._span)
 
-    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def read(self, begin: int, end: int, into: Pair | None = None) -> Pair:
         """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device.
 
         Raises
@@ -195,8 +195,7 @@ class NvmePages:
             A page is not what was written, or cannot be read.
         """
         tokens = end - begin
-        key = torch.empty(self.rows, tokens, self.dim, dtype=self.dtype, device=self.compute)
-        value = torch.empty(self.rows, tokens, self.v_dim, dtype=self.dtype, device=self.compute)
+        key, value = into or room_for(self, tokens)
         first, last = begin // self._span, -(-end // self._span)
         on_file = min(last, self._file.watermark)
         if tokens and last - first <= _FEW:

@@ -13,14 +13,16 @@ from hga_compile.kernels.hot import HotCache
 from hga_compile.store.host_memory import Lease
 from hga_compile.store.host_pins import Pins
 from hga_compile.store.host_range import HostRange
-from hga_compile.store.tier import Held
+from hga_compile.store.tier import Held, Pair, room_for
 
 __all__ = ["Pages"]
 
 # Shares of the RAM that is left, of which a layer takes one at most before it needs it.
 _SHARES = 256
-# Tokens that a kernel moves without a wait; the copy engine is faster for more.
+# Tokens that a kernel moves to and from pinned memory itself; the copy engine moves more of them.
 _FEW = 64
+# Bytes that are on their way as pages at once.
+_PIECE = 2**26
 
 
 class Pages:
@@ -145,8 +147,15 @@ class Pages:
         """Store ``[rows, n, dim]`` keys and values as tokens ``begin, begin + 1, ...``."""
         self.reserve(begin + key.shape[1])
         self._forget(begin)
-        if self._triton and key.shape[1] <= _FEW:
-            store_rows(self.buffer, key, value, begin, self.group_size)
+        if self._triton and (self._pinned or key.shape[1] <= _FEW):
+            for groups, tokens in self._pieces(begin, begin + key.shape[1]):
+                part = key[:, tokens], value[:, tokens]
+                if groups.start == groups.stop:
+                    store_rows(self.buffer, *part, begin + tokens.start, self.group_size)
+                    continue
+                packed = torch.empty_like(self.buffer[groups], device=self.compute)
+                store_rows(packed, *part, 0, self.group_size)
+                self._copied(groups, packed, out=True)
             self._in_flight = self.home.type == "cpu"
             return
         for groups, inside, tokens in self._runs(begin, begin + key.shape[1]):
@@ -155,14 +164,21 @@ class Pages:
                 run = rows[:, tokens].unflatten(1, (groups.stop - groups.start, -1))
                 view[:, :, inside].copy_(run.transpose(0, 1))
 
-    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def read(self, begin: int, end: int, into: Pair | None = None) -> Pair:
         """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device."""
-        if self._triton and end - begin <= _FEW:
+        key, value = into or room_for(self, end - begin)
+        if self._triton and (self._pinned or end - begin <= _FEW):
+            for groups, tokens in self._pieces(begin, end):
+                part = key[:, tokens], value[:, tokens]
+                if groups.start == groups.stop:
+                    load_rows(self.buffer, *part, begin + tokens.start, self.group_size)
+                    continue
+                packed = torch.empty_like(self.buffer[groups], device=self.compute)
+                self._copied(groups, packed, out=False)
+                load_rows(packed, *part, 0, self.group_size)
             self._in_flight = self.home.type == "cpu"
-            return load_rows(self.buffer, begin, end, self.dim, self.group_size, self.compute)
+            return key, value
         self._settle()
-        key = torch.empty(self.rows, end - begin, self.dim, dtype=self.dtype, device=self.compute)
-        value = torch.empty(self.rows, end - begin, self.v_dim, dtype=self.dtype, device=self.compute)
         for groups, inside, tokens in self._runs(begin, end):
             for view, rows in zip(self._views(groups), (key, value), strict=True):
                 run = rows[:, tokens].unflatten(1, (groups.stop - groups.start, -1))
@@ -274,6 +290,37 @@ class Pages:
                 last = -(-stop // size)
                 inside = slice(offset, offset + (stop - start) // (last - first))
                 yield slice(first, last), inside, slice(start - begin, stop - begin)
+
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[slice, slice]]:
+        """Cut ``begin <= token < end`` into what kernels and the copy engine move at a time.
+
+        Yields the groups that are moved as whole pages, none where a kernel moves tokens where they lie, and
+        the tokens counted from `begin`.
+        """
+        size, step = self.group_size, max(1, _PIECE // self._page_bytes)
+        if end - begin <= _FEW:
+            yield slice(0, 0), slice(0, end - begin)
+            return
+        for groups, _, tokens in self._runs(begin, end):
+            if tokens.stop - tokens.start < size:
+                yield slice(0, 0), tokens
+                continue
+            for first in range(groups.start, groups.stop, step):
+                last, at = min(groups.stop, first + step), tokens.start + (first - groups.start) * size
+                yield slice(first, last), slice(at, at + (last - first) * size)
+
+    @property
+    def _page_bytes(self) -> int:
+        """Bytes of a group of all rows."""
+        return self.rows * self.group_size * self.row_bytes
+
+    def _copied(self, groups: slice, packed: Tensor, out: bool) -> None:
+        """Have the copy engine bring pages of pinned memory to the GPU, or back (`out`), without a wait."""
+        assert self._range is not None  # pinned
+        there, begin = packed.flatten().view(torch.uint8), groups.start * self._page_bytes
+        for part in self._range.parts(begin, groups.stop * self._page_bytes):
+            near, far = there[part.start - begin : part.stop - begin], self._range.bytes[part]
+            (far if out else near).copy_(near if out else far, non_blocking=True)
 
     def _views(self, groups: slice) -> tuple[Tensor, Tensor]:
         """K and V of groups as ``[groups, rows, group_size, dim]``."""

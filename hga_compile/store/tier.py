@@ -1,6 +1,6 @@
 """What every tier is to the layer that keeps its K/V there: three homes, one interface."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -8,7 +8,10 @@ from torch import Tensor
 from hga_compile.configs.profile import Kernels
 from hga_compile.kernels.hot import HotCache
 
-__all__ = ["Held", "Home", "Tier"]
+__all__ = ["Held", "Home", "Pair", "Tier", "room_for"]
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 Home = Literal["gpu", "host", "nvme"]
 
@@ -74,8 +77,11 @@ class Tier(Protocol):
     def truncate(self, length: int) -> None:
         """Give up tokens from number `length` on."""
 
-    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device."""
+    def read(self, begin: int, end: int, into: Pair | None = None) -> Pair:
+        """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device.
+
+        With `into`, they are written there.
+        """
 
     def fetch(self, groups: Tensor) -> Tensor:
         """Return copies of the ``[rows, n]`` groups: pages ``[n, rows, page]`` on the compute device."""
@@ -106,3 +112,12 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Give everything up; nothing may be asked afterwards."""
+
+
+def room_for(tier: Tier, tokens: int) -> Pair:
+    """Return ``[rows, tokens, dim]`` and ``[rows, tokens, v_dim]`` on the compute device, to be written."""
+    kind: dict[str, Any] = {"dtype": tier.dtype, "device": tier.compute}
+    return (
+        torch.empty(tier.rows, tokens, tier.dim, **kind),
+        torch.empty(tier.rows, tokens, tier.v_dim, **kind),
+    )

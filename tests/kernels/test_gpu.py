@@ -23,6 +23,9 @@ from hga_compile.kernels.plan import plan_queries
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.route import merge_votes
 from hga_compile.kernels.scoring import Scoring
+from hga_compile.store import pages as pages_module
+from hga_compile.store.host_range import HostRange
+from hga_compile.store.pages import Pages
 
 
 def check(
@@ -374,8 +377,48 @@ def test_rows_come_back_from_their_pages(place, begin, new):
     newer = torch.randn(2, new, 20, device=place), torch.randn(2, new, 12, device=place)
     gpu.store_rows(pages.buffer, *newer, begin, 4)
     key[:, begin : begin + new], value[:, begin : begin + new] = newer
-    for got, want in zip(gpu.load_rows(pages.buffer, 1, 15, 20, 4, place), (key, value), strict=True):
-        assert torch.equal(got, want[:, 1:])
+    got = torch.empty(2, 14, 20, device=place), torch.empty(2, 14, 12, device=place)
+    gpu.load_rows(pages.buffer, *got, 1, 4)
+    for part, want in zip(got, (key, value), strict=True):
+        assert torch.equal(part, want[:, 1:])
+
+
+class Pretended(Pages):
+    """Pages of the interpreter's CPU as if it were a GPU that they are pinned for."""
+
+    def use(self, kernels):
+        super().use("reference")
+        self._triton = self._pinned = True
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
+def test_many_rows_go_through_packed_pages(place, monkeypatch, dtype):
+    """Pieces, borders between pinned ones, and groups that are not whole."""
+    monkeypatch.setattr(pages_module, "_FEW", 6)
+    monkeypatch.setattr(pages_module, "_PIECE", 5 * 2 * 4 * 32 * dtype.itemsize)
+    kind = Pages if CUDA else Pretended
+    made = kind(2, 20, 12, 4, dtype, place, torch.device("cpu"))
+    if not CUDA:
+        # Borders that groups know nothing of.
+        monkeypatch.setattr(
+            HostRange,
+            "parts",
+            lambda _, begin, end: (slice(i, min(i + 1000, end)) for i in range(begin, end, 1000)),
+        )
+    key, value = ((100 * torch.randn(2, 90, dim, device=place)).to(dtype) for dim in (20, 12))
+    begin = 0
+    made.reserve(90)
+    for end in (3, 30, 31, 39, 40, 90):
+        made.write(key[:, begin:end], value[:, begin:end], begin)
+        begin = end
+    made.write(key[:, 50:], value[:, 50:], 50)
+    for begin, end in ((0, 90), (1, 90), (3, 11), (8, 12), (37, 61), (40, 80), (60, 64)):
+        got = made.read(begin, end)
+        assert torch.equal(got[0], key[:, begin:end]) and torch.equal(got[1], value[:, begin:end])
+    plain = Pages(2, 20, 12, 4, dtype, torch.device("cpu"), torch.device("cpu"))
+    plain.write(key.cpu(), value.cpu(), 0)
+    made._settle()
+    assert torch.equal(made.buffer[:22], plain.buffer[:22])
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -428,7 +471,8 @@ def test_pages_are_not_given_away_while_kernels_read_them(place):
     for _ in range(20):
         pages = pages_of(key, value, 4, "cpu")
         assert pages.gpu_pages is not None
-        got = gpu.load_rows(pages.buffer, 100, 130, 64, 4, place)
+        got = torch.empty(2, 4, 30, 64, device=place).unbind()
+        gpu.load_rows(pages.buffer, *got, 100, 4)
         del pages
         torch.empty(4000, 4, 128, pin_memory=True).fill_(0.0)
         assert torch.equal(got[0], key[:, 100:130])

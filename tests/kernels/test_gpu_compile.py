@@ -117,7 +117,7 @@ def test_summarising_keys_and_moving_rows(compiled, new):
     gpu.encode(keys, torch.empty(8, 128), codes, torch.empty(8, 9000, dtype=torch.float16), 7, 2, 1.0)
     pages = torch.empty(3000, 8, 4 * 256, dtype=torch.bfloat16)
     gpu.store_rows(pages, keys[:, :1], keys[:, :1], 5, 4)
-    gpu.load_rows(pages, 5, 9, 128, 4, keys.device)
+    gpu.load_rows(pages, keys[:, :1].clone(), keys[:, :1].clone(), 5, 4)
     assert compiled == ["_store", "_encode" if new == 1 else "_encode_rows", "_copy", "_copy"]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gpu_cases import INTERPRETED, interpret, pages_of
 
+import hga_compile
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.profile import Offload
 from hga_compile.configs.routing import Routing
@@ -78,6 +79,7 @@ def test_what_was_listed_is_a_hit_and_what_was_not_is_none(place):
     pool = torch.arange(3, 25)
     first, entries = steps.step(300, pool)
     assert bool((entries < 0).all()) and steps.hot.misses() == 2 * first.shape[1]
+    assert int(steps.hot.counts[:, 0].sum()) == 0
     again, entries = steps.step(300, torch.tensor(sorted(set(first[0].tolist()) & set(pool.tolist()))))
     assert torch.equal(again[0], first[0])
     assert bool((entries[0] >= 0).all())
@@ -148,6 +150,7 @@ def test_a_conversation_has_the_same_bits_with_slots_and_without(dtype):
     ]
     stores = [LayerStore(), LayerStore()]
     query, key, value = (torch.randn(1, heads, 900, 64, device=device, dtype=dtype) for heads in (6, 2, 2))
+    hga_compile.reset_report()
     begin, checked = 0, 0
     for end in (700, *range(701, 760), 800, *range(801, 830)):
         parts = query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end]
@@ -158,6 +161,8 @@ def test_a_conversation_has_the_same_bits_with_slots_and_without(dtype):
         begin, checked = end, checked + 1
     hot = stores[1].pages.hot
     assert stores[0].pages.hot is None and hot.misses() > 0 and checked > 80
+    total = hga_compile.report().totals("decode")
+    assert total.misses == hot.misses() and total.hits == int(hot.counts[:, 0].sum()) > 0
     held = stores[1].pages.held()
     assert held.accelerator == hot.nbytes() > 0
     stores[1].truncate(720)

@@ -114,3 +114,38 @@ def test_threads_do_not_lose_counts() -> None:
         thread.join()
     assert ledger.fallbacks() == {"many": 1200}
     assert len(ledger.uses()) == 7 and not ledger.wants(0)
+
+
+def test_hits_on_a_device_are_counted_once_and_those_of_a_cache_that_is_gone_too():
+    class Owner:
+        pass
+
+    ledger, owner, counts = Ledger(), Owner(), torch.tensor([[3, 1], [4, 0]])
+    ledger.count_on_device(5, owner, counts)
+    counts[0] += torch.tensor([10, 2])
+    for _ in range(2):
+        use = ledger.uses()[5, "decode"]
+        assert (use.hits, use.misses) == (17, 3)
+    counts[1, 1] += 1
+    del owner
+    use = ledger.uses()[5, "decode"]
+    assert (use.hits, use.misses) == (17, 4)
+    counts += 100
+    assert ledger.uses()[5, "decode"].misses == 4 and not ledger._devices
+
+
+def test_hits_before_a_reset_are_not_counted_after_it():
+    ledger, counts = Ledger(), torch.tensor([[3, 1]])
+    ledger.count_on_device(0, ledger, counts, told=(1, 1))
+    ledger.reset()
+    counts += 1
+    use = ledger.uses()[0, "decode"]
+    assert (use.hits, use.misses) == (1, 1)
+
+
+def test_caches_that_come_and_go_do_not_pile_up():
+    ledger = Ledger()
+    for _ in range(700):
+        ledger.count_on_device(0, {1}, torch.tensor([[1, 0]]))
+    assert len(ledger._devices) < 300
+    assert ledger.uses()[0, "decode"].hits == 700

@@ -3,6 +3,7 @@
 import gc
 import mmap
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -100,6 +101,20 @@ def test_pieces_lie_side_by_side_at_addresses_that_stay(memory: HostMemory) -> N
     assert torch.equal(made.read(0, 6000)[0], key) and len(cuda.pinned) > 10
     made.close()
     assert not cuda.pinned and memory.taken == 0
+
+
+def test_one_copy_never_crosses_from_a_piece_into_the_next(memory: HostMemory) -> None:
+    made = pages_with(FakeCuda())
+    made.write(rows(6000), rows(6000), 0)
+    parts = list(made._range.parts(60_000, 200_000))
+    ends = {start + size for start, size in made._range.pins._pieces}
+    base = made.buffer.data_ptr()
+    assert (parts[0].start, parts[-1].stop) == (60_000, 200_000) and len(parts) >= 3
+    assert all(one.stop == other.start and base + one.stop in ends for one, other in pairwise(parts))
+    inside = [end - base for end in ends if 60_000 < end - base < 200_000]
+    assert len(parts) == len(inside) + 1
+    assert list(HostRange().parts(3, 9)) == [slice(3, 9)]
+    made.close()
 
 
 def test_growth_needs_its_own_bytes_only(memory: HostMemory) -> None:
@@ -257,9 +272,14 @@ class TestOnGpu:
             assert made.buffer.data_ptr() == start and made.buffer.is_pinned()
         # 64 KiB are 64 tokens: every second read of 3 crosses a border somewhere.
         for begin in range(60, 4900, 61):
-            got = load_rows(made.buffer, begin, begin + 8, 64, 4, device)
+            got = torch.empty(2, 2, 8, 64, device=device, dtype=torch.bfloat16).unbind()
+            load_rows(made.buffer, *got, begin, 4)
             assert torch.equal(got[0], key[:, begin : begin + 8])
             assert torch.equal(got[1], value[:, begin : begin + 8])
+        # Many at once: the copy engine goes from piece to piece.
+        for begin, end in ((0, 5000), (3, 4999), (1000, 1400)):
+            got = made.read(begin, end)
+            assert torch.equal(got[0], key[:, begin:end]) and torch.equal(got[1], value[:, begin:end])
         store_rows(made.buffer, value[:, 4000:4060], key[:, 4000:4060], 4000, 4)
         torch.cuda.synchronize()
         assert torch.equal(made.read(3999, 4060)[0][:, 1:], value[:, 4000:4060])
@@ -271,11 +291,13 @@ class TestOnGpu:
         made = self.pages(monkeypatch)
         key = torch.randn(2, 5000, 64, device=made.compute).bfloat16()
         made.write(key[:, :100], key[:, :100], 0)
-        load_rows(made.buffer, 90, 98, 64, 4, made.compute)
+        got = torch.empty(2, 2, 8, 64, device=made.compute, dtype=torch.bfloat16).unbind()
+        load_rows(made.buffer, *got, 90, 4)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = load_rows(made.buffer, 90, 98, 64, 4, made.compute)
+            load_rows(made.buffer, *got, 90, 4)
+        got[0].zero_()
         made.write(key[:, 100:], key[:, 100:], 100)
         graph.replay()
         torch.cuda.synchronize()

@@ -6,6 +6,7 @@ from store_cases import attend, place_of, rows_of, run_steps, site_of
 from torch import Tensor
 
 from hga_compile.store import LayerStore
+from hga_compile.store.tiers import make_tier
 
 TIERS = ("gpu", "host", "nvme")
 STEPS = [200, 1, 1, 39, 1, 1, 1, 96, 1, 1]
@@ -106,3 +107,20 @@ def test_a_layer_says_where_its_bytes_are() -> None:
     assert held.host <= 4 * 2**15 + place_of("nvme").nvme_cache
     store.close()
     assert store.nbytes().nvme == 0
+
+
+@pytest.mark.parametrize("kv_dtype", ["model", "fp8"])
+@pytest.mark.parametrize("tier", ["gpu", "host", "nvme"])
+@pytest.mark.parametrize(("begin", "end"), [(0, 130), (3, 5), (90, 260), (7, 7)])
+def test_reading_into_memory_gives_what_reading_gives(tier, kv_dtype, begin, end):
+    made = make_tier(
+        tier, (3, 8, 6, 4), torch.float32, torch.device("cpu"), "auto", place_of(tier, kv_dtype=kv_dtype)
+    )
+    made.write(torch.randn(3, 260, 8), torch.randn(3, 260, 6), 0)
+    wide = torch.full((3, 300, 8), 7.0), torch.full((3, 300, 6), 7.0)
+    into = tuple(part[:, 20 : 20 + end - begin] for part in wide)
+    made.read(begin, end, into)
+    for part, got, want in zip(wide, into, made.read(begin, end), strict=True):
+        assert torch.equal(got, want)
+        assert bool((part[:, :20] == 7).all() and (part[:, 20 + end - begin :] == 7).all())
+    made.close()
