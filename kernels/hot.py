@@ -35,7 +35,17 @@ class HotCache:
         self.dtype, self.device = dtype, device
         self._kept = 0
         """Groups that may be in slots: those from here on are in none."""
-        self._make(0)
+        self.slots = 0
+        """Of one row."""
+        kind: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        self.pool = torch.empty(rows, 0, page, dtype=dtype, device=device)
+        """``[rows, slots, page]``."""
+        self.owners = torch.empty(rows, 0, **kind)
+        """``[rows, slots]`` int32: the group in a slot, -1 without."""
+        self.used = torch.empty(rows, 0, **kind)
+        """``[rows, slots]`` int32: when its group was listed last, -1 without."""
+        self.clock = torch.zeros(rows, 3, **kind)
+        """``[rows, 3]`` int32: now, the hand, when it came by slot 0."""
         self.counts = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         """``[rows, 2]`` int64: hits and misses so far."""
         self._layer: int | None = None
@@ -63,10 +73,8 @@ class HotCache:
 
         groups = -(-length // group_size)
         wanted = max(1, int(groups * self.share))
-        # A larger pool begins empty: it grows as seldom as memory that doubles.
         if wanted > self.slots:
-            self._make(max(wanted, self.slots + self.slots // 4))
-            self.table.fill_(-1)
+            self._grow(max(wanted, self.slots + self.slots // 4))
         if groups > self.table.shape[1]:
             table = torch.full(
                 (self.rows, groups + groups // 4 + 64), -1, dtype=torch.int32, device=self.device
@@ -106,15 +114,13 @@ class HotCache:
         parts = (self.pool, self.table, self.owners, self.used, self.clock, self.counts)
         return sum(part.nbytes for part in parts)
 
-    def _make(self, slots: int) -> None:
+    def _grow(self, slots: int) -> None:
+        """Have more slots; what is in those there are stays in them."""
+        for name, blank_slot in (("pool", None), ("owners", -1), ("used", -1)):
+            old = getattr(self, name)
+            new = old.new_empty(self.rows, slots, *old.shape[2:])
+            new[:, : self.slots] = old
+            if blank_slot is not None:
+                new[:, self.slots :] = blank_slot
+            setattr(self, name, new)
         self.slots = slots
-        """Of one row."""
-        kind: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
-        self.pool = torch.empty(self.rows, slots, self.page, dtype=self.dtype, device=self.device)
-        """``[rows, slots, page]``."""
-        self.owners = torch.full((self.rows, slots), -1, **kind)
-        """``[rows, slots]`` int32: the group in a slot, -1 without."""
-        self.used = torch.full((self.rows, slots), -1, **kind)
-        """``[rows, slots]`` int32: when its group was listed last."""
-        self.clock = torch.zeros(self.rows, 3, **kind)
-        """``[rows, 3]`` int32: now, the hand, when it came by slot 0."""

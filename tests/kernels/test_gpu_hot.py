@@ -126,6 +126,21 @@ def test_what_was_not_listed_for_long_gives_way_first(place):
     assert int((entries < 0).sum()) <= entries.numel() // 8, (before, steps.hot.misses())
 
 
+def test_what_is_in_slots_stays_as_there_come_to_be_more(place):
+    steps = Steps(place, 0.3)
+    pool = torch.arange(3, 14)
+    first, _ = steps.step(300, pool)
+    slots = steps.hot.slots
+    for length in (304, 340, 400):
+        before = steps.hot.misses()
+        chosen, entries = steps.step(length, pool)
+        for row in range(2):
+            again = torch.isin(chosen[row], first[row]) & (chosen[row] < 14)
+            assert bool((entries[row][again] >= 0).all()) and bool(again.any())
+        assert steps.hot.misses() - before < chosen.numel() // 2
+    assert steps.hot.slots > slots
+
+
 def test_forgotten_groups_are_read_again(place):
     steps = Steps(place, 1.0)
     steps.step(400)
