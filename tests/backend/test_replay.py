@@ -212,9 +212,10 @@ def test_a_recording_that_fails_costs_no_token(
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="for the interpreter, outside of it")
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("some", ["counts and gpu", "every_other_way", "not counts and not every_other_way"])
+def test_in_the_interpreter(some: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", some]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=550
     )

@@ -254,7 +254,7 @@ def test_hga_in_the_whole_command(tmp_path):
     out = tmp_path / "out.json"
     command = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--inner", "eager", "--steps", "4",
                "--warmup", "2", "--step", "256", "--json", str(out), "--systems", "hga", "--contexts", "768",
-               "--set", "routing.budget.fraction=0.1"]  # fmt: skip
+               "--set", "routing.budget.fraction=0.1", "--set", "routing.dense_below=256"]  # fmt: skip
     assert headline.main(command) == 0
     (found,) = json.loads(out.read_text())["points"]
     assert found["status"] == "ok" and found["routed"]["attended"] < 0.5

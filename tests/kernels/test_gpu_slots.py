@@ -47,7 +47,7 @@ def check(
     slots = torch.full((rows, groups + 3), 10**6, dtype=torch.int32)
     pool = torch.full((rows * groups + 9, pages.shape[2]), torch.nan, dtype=dtype)
     free = iter(torch.randperm(len(pool)).tolist())
-    for row, (begin, end, window, count, last, _) in enumerate(span.tolist()):
+    for row, (begin, end, window, count, last, *_) in enumerate(span.tolist()):
         picked = (torch.randperm(window - end)[:count] + end).sort().values.tolist()
         listed = [*range(begin, end), *picked, *range(window, last)]
         chosen[row, : len(listed)] = torch.tensor(listed)
