@@ -74,7 +74,7 @@ def time_replayed(
     warmed(layers, tiers, hots, range(first))
     parts = [
         part for hot in hots if hot is not None
-        for part in (hot.pool, hot.table, hot.owners, hot.used, hot.clock)
+        for part in (hot.pool, hot.table, hot.owners, hot.used, hot.clock, hot.counts)
     ]  # fmt: skip
     state = [part.clone() for part in parts]
     before = sum(hot.misses() for hot in hots if hot is not None)

@@ -41,8 +41,8 @@ class Book:
     """Groups before the last window."""
     counts: Tensor
     """``[positions, 3]`` int64 on the CPU: tokens seen, groups scored and tokens attended to in one row."""
-    dense: bool
-    """Whether some of the queries attend to all that they see."""
+    short: bool
+    """Whether some of the queries attend to all that they see, or have nothing before their window."""
 
 
 class StepCosts(NamedTuple):
@@ -96,10 +96,11 @@ class DeviceStep:
             plan = plan_queries(routing, self.first, count, None)
             lines = span_lines(routing, plan, torch.zeros(1, 1, dtype=torch.int64, device="cpu"))
             counts = torch.stack([plan.visible[0], plan.window[0], lines.attended[0]], 1)
+            # Found out here, on the CPU: nothing may wait for the GPU while a step is recorded.
+            short = bool(plan.dense.any()) or not bool((plan.window > 0).all())
             self._books[routing] = Book(
-                lines.tables.to(self.device), int(lines.lists.max()), plan.last_window, counts,
-                bool(plan.dense.any()),
-            )  # fmt: skip
+                lines.tables.to(self.device), int(lines.lists.max()), plan.last_window, counts, short
+            )
         return self._books[routing]
 
     def spans(self, routing: Routing) -> Spans:
@@ -155,8 +156,7 @@ def unfit(call: Call, step: DeviceStep) -> str | None:
         return "K/V that kernels cannot read where they lie (offload.tier)"
     if LEDGER.wants(call.layer):
         return "recorded routes"
-    book = step.book(routing)
-    if book.dense or not bool((book.tables[:, :, 2] > 0).all()):
+    if step.book(routing).short:
         return "a sequence that is still short"
     return None
 

@@ -206,11 +206,11 @@ def _tiles(
             value = tl.load(source + at[None, :], mask=real[:, None] & here[None, :], other=0.0)
             kept = inside[None, :] & here[:, None]
             part = tl.load(weight + row[None, :] * CHANNELS + at[:, None], mask=kept, other=0.0)
-            total = tl.dot(value, part.to(value.dtype), total)
+            total = tl.dot(value, part.to(value.dtype), total, input_precision="ieee")
             if GATED:
                 below = (columns + row)[None, :] * CHANNELS
                 part = tl.load(weight + below + at[:, None], mask=kept, other=0.0)
-                other = tl.dot(value, part.to(value.dtype), other)
+                other = tl.dot(value, part.to(value.dtype), other, input_precision="ieee")
         total *= tl.load(scale + row, mask=inside, other=0.0)[None, :]
         if GATED:
             other *= tl.load(scale + columns + row, mask=inside, other=0.0)[None, :]

@@ -22,4 +22,4 @@ def drawn(tokens=1024, steps=12, heads=6, seed=0):
             groups[step, head, :end] = groups[step, head, window:last] = True
             own = random.choice(np.arange(end, window), int(plan.taken), replace=False)
             groups[step, head, own] = True
-    return Recording(groups, tokens, ROUTING, {"text": {"name": "drawn"}})
+    return Recording(groups, tokens, ROUTING, {"text": {"name": "drawn"}, "model": {"name": "none"}})

@@ -36,7 +36,8 @@ def check(
     key = torch.randn(rows, tokens, dim, device=place).to(dtype)
     value = torch.randn(rows, tokens, v_dim, device=place).to(dtype)
     query = torch.randn(rows, heads, dim, device=place).to(dtype)
-    pages = pages_of(key, value, size, home).buffer
+    kept = pages_of(key, value, size, home)
+    pages = kept.buffer if kept.gpu_pages is None else kept.gpu_pages
     starts = torch.tensor(pads)[:, None] if pads else None
     mask = None if starts is None else torch.arange(tokens) >= starts
     plan = plan_queries(routing, tokens - 1, 1, mask)
