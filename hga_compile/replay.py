@@ -162,6 +162,8 @@ class Replay:
             return None
         if any(inputs[i] is not recorded.inputs[i] for i in recorded.read):
             return None
+        if any(not torch.equal(inputs[i], recorded.inputs[i]) for i in self.form.constants):
+            return None
         alike = all(_like(inputs[i], recorded.inputs[i]) for i in recorded.copied)
         return states if alike else None
 
@@ -171,7 +173,7 @@ class Replay:
         places = {
             value.device
             for i, value in enumerate(inputs)
-            if isinstance(value, Tensor) and i not in self._kept
+            if isinstance(value, Tensor) and i not in self._kept and i not in self.form.constants
         }
         device = next(iter(places), None)
         if device is None or len(places) > 1 or not self.recorder.serves(device):
@@ -182,11 +184,12 @@ class Replay:
             prepare(state, step, site.config)
         held = list(inputs)
         # What is the same tensor in step after step is read where it is: weights are not copied.
-        numbers = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in self.form.masks]
+        others = {*self.form.masks, *self.form.constants}
+        numbers = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in others]
         copied = [i for i in numbers if inputs[i] is not previous[i]]
         read = [i for i in numbers if inputs[i] is previous[i]]
         with torch.inference_mode(False):  # written to outside of it too
-            for i in copied:
+            for i in (*copied, *self.form.constants):
                 held[i] = inputs[i].clone()
         step.seek(length - 1)
         with stepping(step):

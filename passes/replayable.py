@@ -43,6 +43,8 @@ class StepForm:
     sites: tuple[StepSite, ...]
     masks: tuple[int, ...]
     """Numbers of the inputs that say which tokens are real; such a step is for those without padding."""
+    constants: tuple[int, ...]
+    """Numbers of the inputs that are numbers in CPU tensors: kernels are launched with their values."""
     outputs: tuple[Affine | None, ...]
     """A number for each output; None: a tensor, or nothing."""
     single: bool
@@ -97,7 +99,8 @@ def step_form(graph: GraphModule) -> StepForm | str | None:
             return "an output that is neither tensor nor number"
         outputs.append(number)
     given = tuple(number_of[node] for node in masks if node in number_of)
-    return StepForm(tuple(found), given, tuple(outputs), isinstance(result, Node))
+    constants = tuple(number for node, number in number_of.items() if _is_constant(node))
+    return StepForm(tuple(found), given, constants, tuple(outputs), isinstance(result, Node))
 
 
 def _placeholders(graph: GraphModule) -> list[Node]:
@@ -152,6 +155,8 @@ def _numbers(graph: GraphModule, masks: set[Node]) -> dict[Any, Affine] | str:
             numbers[node] = Affine(former.source, former.offset + added)
         elif used:
             return f"{node.target} of a length"
+        elif _reads_constant(node):
+            continue
         elif isinstance(_value(node), torch.SymInt | torch.SymFloat | torch.SymBool):
             return f"{node.target}, a number that the CPU must know"
         if _grows(_value(node)):
@@ -159,6 +164,19 @@ def _numbers(graph: GraphModule, masks: set[Node]) -> dict[Any, Affine] | str:
         if _writes_input(node):
             return f"{node.target} into an input"
     return numbers
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether an input is a number in a CPU tensor, as Dynamo gives a model's float with ``dynamic=True``."""
+    value = _value(node)
+    number = isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu"
+    return node.op == "placeholder" and number and all(_reads_constant(user) for user in node.users)
+
+
+def _reads_constant(node: Node) -> bool:
+    """Whether a node takes such a number out of an input."""
+    source = node.args[0] if node.target is torch.ops.aten.item.default else None
+    return isinstance(source, Node) and source.op == "placeholder" and _value(source).device.type == "cpu"
 
 
 def _added(node: Node, used: list[Node]) -> int | None:

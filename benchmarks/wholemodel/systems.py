@@ -201,8 +201,9 @@ class Hga(System):
         call(input_ids=ids.clone(), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def decode(self, token: Tensor) -> Tensor:
-        """See `System.decode`."""
-        found = self._call(input_ids=token, past_key_values=self.cache, use_cache=True)
+        """See `System.decode`; positions are given, as `generate` gives them."""
+        at = torch.full_like(token, self.cache.get_seq_length())
+        found = self._call(input_ids=token, position_ids=at, past_key_values=self.cache, use_cache=True)
         return found.logits[:, -1:].argmax(-1)
 
     def held(self) -> Held:

@@ -178,6 +178,31 @@ def test_another_cache_is_recorded_anew_and_a_freed_one_is_not_held(
     assert STATES.count() == 0
 
 
+def test_a_models_float_is_that_of_the_step(model: Any, place: torch.device, recorder: Again) -> None:
+    """With ``dynamic=True`` floats are inputs, whose values a recorded step has been launched with."""
+
+    def logits(graph: bool) -> list[torch.Tensor]:
+        torch.compiler.reset()
+        options = {**OPTIONS, "compile.cuda_graph": graph}
+        routed, cache = (
+            torch.compile(model, backend="hga", dynamic=True, options=options),
+            HGACache(model.config),
+        )
+        found = []
+        with torch.no_grad():
+            model(prompt(place), past_key_values=cache)
+            for number in range(10):
+                model.model.norm.variance_epsilon = 1e-6 if number < 7 else 0.5
+                at = torch.full((1, 1), 90 + number, device=place)
+                found.append(routed(at % 97, position_ids=at, past_key_values=cache).logits.clone())
+        return found
+
+    want, got = logits(False), logits(True)
+    assert recorder.replays > 0
+    assert not torch.equal(want[6], want[7])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_steps_whose_routes_are_recorded_run_as_they_are(
     model: Any, place: torch.device, recorder: Again
 ) -> None:
