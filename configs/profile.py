@@ -155,7 +155,7 @@ class CompileSettings(Settings):
     """What routed attention runs in: `auto` takes `triton` on CUDA, `native` (C++) on a CPU, and else, as
     `reference` does always, plain torch. `triton` and `native` by name are an error where they cannot run."""
 
-    cuda_graph: bool = False
+    cuda_graph: bool = True
     """Whether decode steps on a GPU are recorded as one CUDA graph and replayed while the sequence grows: no
     work of the CPU for single layers. A step that cannot be recorded runs without, with a reason."""
 

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.experimental.sym_node import SymNode
 
+from hga_compile import replay
 from hga_compile.configs.errors import ProfileError
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
@@ -20,13 +21,15 @@ from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.flatten import flatten, inputs_of, leaves_of
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
 from hga_compile.passes.replayable import StepForm, step_form
-from hga_compile.replay import Replay
 from hga_compile.reporting import note_graph
 from hga_compile.tracing import model_layers, traced_config, traced_layer
 
 __all__ = ["hga"]
 
 log = logging.getLogger(__name__)
+
+# Modes under which Inductor records CUDA graphs of its own: one cannot be recorded within another.
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 # torch.compile loads this module when it looks the backend up, before anything is traced: the one right time.
 install_hooks()
@@ -88,19 +91,28 @@ def hga(
     leaves = leaves_of(inputs_of(graph))
     opens = any(node.target is torch.ops.hga.open.default for node in rewritten.graph.graph.nodes)
     if not any(path for _, path in leaves):
-        call = _replaying(_inner(rewritten.graph, example_inputs, profile, mode), rewritten.graph, profile)
+        call = _inner(rewritten.graph, example_inputs, profile, mode)
+        call = _replaying(call, rewritten.graph, profile, mode, _device_of(example_inputs))
         return _clearing(call) if opens else call
-    call = _inner(rewritten.graph, flatten(example_inputs, leaves), profile, mode)
-    call = _replaying(_clearing(call) if opens else call, rewritten.graph, profile)
+    flat = flatten(example_inputs, leaves)
+    call = _inner(rewritten.graph, flat, profile, mode)
+    call = _clearing(call) if opens else call
+    call = _replaying(call, rewritten.graph, profile, mode, _device_of(flat))
     return lambda *inputs: call(*flatten(inputs, leaves))
 
 
-def _replaying(call: Callable[..., Any], graph: GraphModule, profile: Profile) -> Callable[..., Any]:
+def _replaying(
+    call: Callable[..., Any], graph: GraphModule, profile: Profile, mode: str | None, device: torch.device
+) -> Callable[..., Any]:
     """Have steps of a decode graph recorded and replayed, where the profile asks for it."""
-    form = step_form(graph) if profile.compile.cuda_graph else None
+    if not profile.compile.cuda_graph or not replay.RECORDER.serves(device):
+        return call
+    if profile.compile.inner == "inductor" and mode in _GRAPH_MODES:
+        return call
+    form = step_form(graph)
     if isinstance(form, str):
         LEDGER.count_fallback(f"decode steps are not one CUDA graph: {form}")
-    return Replay(call, form) if isinstance(form, StepForm) else call
+    return replay.Replay(call, form) if isinstance(form, StepForm) else call
 
 
 def _clearing(call: Callable[..., Any]) -> Callable[..., Any]:

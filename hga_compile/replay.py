@@ -150,6 +150,11 @@ class Replay:
                 LEDGER.count_fallback(f"decode steps are not one CUDA graph: {error}")
         return self.call(*inputs)
 
+    def _places(self, inputs: Sequence[Any]) -> set[torch.device]:
+        """Return where tensors are that kernels read."""
+        others = {*self._kept, *self.form.constants}
+        return {v.device for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in others}
+
     def _fits(self, recorded: Replayed, inputs: Sequence[Any], length: int) -> list[LayerStore] | None:
         """Return the layers of a recorded step that may stand for this one; None where it may not."""
         if length > recorded.step.last or LEDGER.watched:
@@ -170,14 +175,10 @@ class Replay:
     def _record(self, inputs: Sequence[Any], previous: Sequence[Any], length: int) -> Any:
         """Run a step as it is to be recorded, and record it."""
         states = [cast(LayerStore, STATES.get(inputs[site.handle])) for site in self.form.sites]
-        places = {
-            value.device
-            for i, value in enumerate(inputs)
-            if isinstance(value, Tensor) and i not in self._kept and i not in self.form.constants
-        }
+        places = self._places(inputs)
         device = next(iter(places), None)
         if device is None or len(places) > 1 or not self.recorder.serves(device):
-            raise NotReplayed("tensors that are not on the GPU")
+            raise NotReplayed("tensors that are not all on one GPU")
         last = -(-(length + _ROOM) // _STRETCH) * _STRETCH
         step = DeviceStep(length - 1, last, device)
         for state, site in zip(states, self.form.sites, strict=True):

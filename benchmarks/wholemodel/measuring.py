@@ -86,8 +86,7 @@ def measure(
             _prefill(system, ids, plan, found, meter)
             _decode(system, ids, plan, found, meter)
             if replay is not None and isinstance(system, Hga):
-                if system.recorded:
-                    system.compile()  # a step that is one CUDA graph would go on without the lists
+                system.record_anew()  # a recorded step would go on without the lists
                 _decode(system, ids, plan, found, meter, replay(system))
     except Unavailable as error:
         found |= {"status": "unavailable", "reason": str(error)}
@@ -167,9 +166,7 @@ def _decode(
         if number >= plan.warmup:
             seconds.append(time.perf_counter() - began)
         if replay is not None and not replay.calls:
-            raise RuntimeError(
-                "no list was replayed: the steps run in no Triton kernel, or in one CUDA graph"
-            )
+            raise RuntimeError("no list was replayed: the steps run in no Triton kernel")
     found[name] = {
         "steps": len(seconds),
         "median_ms": statistics.median(seconds) * 1e3,
@@ -178,7 +175,7 @@ def _decode(
         **system.traffic(len(seconds)),
     }
     if isinstance(system, Hga):
-        found["routed"] = _routed()
+        found["routed"] = _routed(system)
     memory = {**found["memory"], **asdict(system.held())}
     memory["decode_peak"] = max(memory.get("decode_peak", 0), meter.peak())
     memory["reserved"] = meter.reserved
@@ -192,7 +189,7 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def _routed() -> dict[str, Any]:
+def _routed(system: Hga) -> dict[str, Any]:
     import hga_compile
 
     report = hga_compile.report()
@@ -200,7 +197,8 @@ def _routed() -> dict[str, Any]:
     if not total.visible:
         reasons = {site.reason for site in report.sites if not site.routed}
         raise RuntimeError(f"nothing was routed: {', '.join(sorted(reasons)) or 'no site'}")
-    return {"attended": total.attended / total.visible, "fallbacks": dict(report.fallbacks)}
+    fallbacks = system.fallbacks | dict(report.fallbacks)
+    return {"attended": total.attended / total.visible, "fallbacks": fallbacks}
 
 
 def _near(system: System) -> int:

@@ -187,7 +187,13 @@ class Hga(System):
             given |= {"offload.tier": self.tier, "offload.hot_cache": None}
         self.profile = resolve_profile(given)
         super().__init__(model, setup)
-        self.compile()
+        self.fallbacks: dict[str, int] = {}
+        """Reasons, with their counts until counting began."""
+        torch.compiler.reset()
+        # One graph for prefill steps of every length, and one for decoding.
+        self._call: Any = torch.compile(
+            self.model, backend="hga", dynamic=True, options={"profile": self.profile}
+        )
 
     def new_cache(self) -> Any:
         """Return an empty `HGACache`."""
@@ -232,22 +238,16 @@ class Hga(System):
         missed *= self.model.dtype.itemsize
         return {"pcie_bytes": missed / steps, "hit_rate": 1 - missed / read if read else None}
 
-    @property
-    def recorded(self) -> bool:
-        """Whether decode steps are recorded as one CUDA graph."""
-        return bool(getattr(self.profile.compile, "cuda_graph", False))
-
-    def compile(self) -> None:
-        """Compile the model anew: one graph for prefill steps of every length, and one for decoding."""
-        torch.compiler.reset()
-        self._call: Any = torch.compile(
-            self.model, backend="hga", dynamic=True, options={"profile": self.profile}
-        )
+    def record_anew(self) -> None:
+        """Have the next steps recorded anew, if they are recorded as one CUDA graph."""
+        for layer in self.cache.layers:
+            layer.crop(0)  # nothing is removed, but whoever recorded a step must look again
 
     def begin_counting(self) -> None:
-        """Forget what was counted so far."""
+        """Forget what was counted so far, but for the fallbacks."""
         import hga_compile
 
+        self.fallbacks |= dict(hga_compile.report().fallbacks)
         hga_compile.reset_report()
         self._missed = [part.misses() for part in self._hot()]
 

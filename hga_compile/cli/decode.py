@@ -19,18 +19,18 @@ class Pace:
 
     device: str = "cpu"
     steps: list[tuple[int, float, bool]] = field(default_factory=list)
-    """(tokens, seconds, whether a graph was compiled during the step)"""
+    """(tokens, seconds, whether a graph or a kernel was compiled during the step)"""
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
         """Time one step; on CUDA until its kernels are done."""
-        before, start = _graphs(), time.perf_counter()
+        before, start = _compiled(self.device), time.perf_counter()
         yield
         if self.device.startswith("cuda"):
             import torch
 
             torch.cuda.synchronize(self.device)
-        self.steps.append((tokens, time.perf_counter() - start, _graphs() != before))
+        self.steps.append((tokens, time.perf_counter() - start, _compiled(self.device) != before))
 
     @property
     def tokens(self) -> int:
@@ -175,7 +175,28 @@ def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
 
 
-def _graphs() -> int:
+class _Kernels:
+    """Counts kernels that Triton compiles, or finds compiled on disk."""
+
+    def __init__(self, former: Callable[..., Any] | None) -> None:
+        self.count, self._former = 0, former
+
+    def __call__(self, *given: Any, **named: Any) -> None:
+        """Be told of one."""
+        self.count += 1
+        if self._former is not None:
+            self._former(*given, **named)
+
+
+def _compiled(device: str) -> tuple[int, int]:
+    """Return how many graphs, and on CUDA kernels, this process has compiled."""
     from torch._dynamo.utils import counters
 
-    return int(counters["stats"]["unique_graphs"])
+    graphs = int(counters["stats"]["unique_graphs"])
+    if not device.startswith("cuda"):
+        return graphs, 0
+    from triton import knobs
+
+    if not isinstance(knobs.compilation.listener, _Kernels):
+        knobs.compilation.listener = _Kernels(knobs.compilation.listener)
+    return graphs, knobs.compilation.listener.count
