@@ -53,6 +53,8 @@ class StepCosts(NamedTuple):
     batch: int
     bytes_per_token: float
     """Of summaries, in one row."""
+    row_bytes: int
+    """Of one token's K and V in one row."""
 
 
 class DeviceStep:
@@ -210,6 +212,7 @@ def count_steps(book: Book, lines: slice, layer: int, routing: Routing, costs: S
     """
     use, steps = LEDGER.use(layer, "decode"), lines.stop - lines.start
     visible, groups, attended = (costs.rows * int(part) for part in book.counts[lines].sum(0))
+    use.row_bytes = use.dense_row_bytes = costs.row_bytes
     use.calls += steps
     use.queries += steps * costs.batch
     use.visible += visible

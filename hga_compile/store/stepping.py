@@ -105,4 +105,4 @@ def stepped(layer: LayerStore, length: int) -> None:
 def costs(layer: LayerStore) -> StepCosts:
     """Return what replayed steps of a layer are counted by."""
     assert layer.pages is not None and layer.index is not None  # prepared
-    return StepCosts(layer.pages.rows, layer.batch, layer.index.bytes_per_token())
+    return StepCosts(layer.pages.rows, layer.batch, layer.index.bytes_per_token(), layer.pages.row_bytes)

@@ -59,10 +59,11 @@ def on_disk(model, folder):
     ).eval()
 
 
-def spread(model, folder, share, **more):
-    """The model again, spread by accelerate: where memory holds a share of its weights, the rest in files."""
+def spread(model, folder, share, gpu=None):
+    """The model again, spread by accelerate: RAM has a share of its weights, a GPU `gpu` bytes, files the rest."""
     model.save_pretrained(folder / "model")
-    room = {"cpu": int(share * sum(part.nbytes for part in model.parameters()))} | more
+    room = {"cpu": int(share * sum(part.nbytes for part in model.parameters()))}
+    room |= {} if gpu is None else {0: gpu}
     placed = {"device_map": "auto", "max_memory": room, "offload_folder": folder / "offload"}
     return AutoModelForCausalLM.from_pretrained(folder / "model", **placed, dtype=torch.float32).eval()
 
@@ -156,7 +157,7 @@ def test_layers_that_max_memory_sends_elsewhere_give_the_same_tokens(name, tmp_p
 def test_layers_in_ram_and_kv_in_ram_give_the_same_tokens_on_a_gpu(tmp_path):
     plain = build(FAMILIES["Llama"], num_hidden_layers=4)
     size = sum(part.nbytes for part in plain.parameters())
-    model = spread(plain, tmp_path, 2.0, **{0: int(0.9 * size)})
+    model = spread(plain, tmp_path, 2.0, gpu=int(0.9 * size))
     assert {0, "cpu"} <= set(model.hf_device_map.values())
     settings = {"max_new_tokens": 6, "do_sample": False}
     expected = plain.cuda().generate(WHOLE[:, :12].cuda(), **settings)

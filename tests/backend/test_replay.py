@@ -126,7 +126,8 @@ def test_replayed_steps_give_the_tokens_and_counts_of_steps_that_are_not(
     torch.compiler.reset()
     hga_compile.reset_report(sites=True)
     cache = HGACache(model.config)
-    got = generate(compiled(model, **offload), ids, 12, past_key_values=cache)
+    routed = compiled(model, **offload)
+    got = generate(routed, ids, 12, past_key_values=cache)
     assert torch.equal(got, plain)
     assert recorder.recorded == 1
     assert recorder.replays >= 6
@@ -136,6 +137,13 @@ def test_replayed_steps_give_the_tokens_and_counts_of_steps_that_are_not(
     assert cache.get_seq_length() == 101
     key, _ = cache.layers[0].state.full()
     assert key.shape == (batch, 2, 101, 16)
+    # What is counted begins anew, and the steps go on.
+    hga_compile.reset_report()
+    before = recorder.replays
+    generate(routed, got, 2, past_key_values=cache)
+    total = hga_compile.report().totals("decode")
+    assert recorder.replays == before + 2
+    assert total.kv_bytes == total.attended * 2 * 16 * 4 > 0
 
 
 def test_a_cache_goes_on_after_replays_in_every_other_way(
