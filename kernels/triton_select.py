@@ -339,7 +339,9 @@ def _list(
         above += both & 0xFFFF
         equal = both >> 16
     else:
-        least, all_above, above, equal = _search(votes, groups, count, begin, 2048)
+        # Flat votes: thousands are in one bin. Of an outer one no bit is known, so that all votes count.
+        left = tl.where(bit == 30, count, count - tl.sum(above_of, 0))
+        least, all_above, above, equal = _search(votes, groups, least, bit + 1, left, begin, 4096)
     left = count - all_above
     if names is not None:
         names += row * groups
@@ -358,14 +360,13 @@ def _list(
 
 
 @triton.jit
-def _search(votes, groups, count, begin, STEP: tl.constexpr):
-    """Do by all votes what `_list` does by the rivals' where there is room for them: 8 bits at a time."""
+def _search(votes, groups, least, known, left, begin, STEP: tl.constexpr):
+    """Do by all votes what `_list` does by the rivals' where there is room for them: 8 bits at a time.
+
+    The bits from number `known` on are those of `least`; `left` votes that have them are to be found.
+    """
     place = tl.arange(0, STEP)
     digit = tl.arange(0, 256)
-    least = 0
-    # So many votes have the bits found so far, or are above them.
-    left = count
-    known = 31
     while known > 0:
         shift = tl.maximum(known - 8, 0)
         number = tl.zeros([256], tl.int32)

@@ -49,7 +49,12 @@ def draw(points: list[dict[str, Any]], target: Path, cap: int | None) -> None:
     if cap:
         memory.axhline(cap / 2**30, color="black", lw=0.8, ls=":")
     memory.set(ylabel="GPU memory taken, GiB", ylim=(0, None))
-    speed.set(ylabel="milliseconds a decoded token, median", yscale="log")
+    speed.set(ylabel="milliseconds a decoded token, median")
+    shown = [float(value) for line in speed.lines for value in line.get_ydata()]
+    if shown and max(shown) > 10 * min(shown):
+        speed.set_yscale("log")
+    else:
+        speed.set_ylim(0, None)
     for axes in (memory, speed):
         axes.set(xlabel="context, thousands of tokens", xscale="log")
         ticks = sorted({one["context"] // 1024 or 1 for one in points})

@@ -60,7 +60,7 @@ def on_disk(model, folder):
 
 
 def spread(model, folder, share, gpu=None):
-    """The model again, spread by accelerate: RAM has a share of its weights, a GPU `gpu` bytes, files the rest."""
+    """The model again, spread by accelerate: RAM has a share of its weights, a GPU `gpu` bytes of them."""
     model.save_pretrained(folder / "model")
     room = {"cpu": int(share * sum(part.nbytes for part in model.parameters()))}
     room |= {} if gpu is None else {0: gpu}
