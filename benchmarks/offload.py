@@ -103,11 +103,11 @@ def time_replayed(
 def time_filed(
     layers: Sequence[Layer], tiers: Sequence[NvmePages]
 ) -> tuple[float, list[Tensor], dict[str, float]]:
-    """Time the last steps with K/V on files, by the clock; also counts of pages a step and layer."""
+    """Time the last steps with K/V on files, by the clock; also groups and pages a step and layer."""
     none = [None] * len(layers)
     first = len(layers[0].steps) - FILED
     warmed(layers, tiers, none, range(max(0, first - FILED_WARM), first))
-    names = ("hits", "reads", "prefetched")
+    names = ("hits", "misses", "reads", "prefetched")
     before = {name: sum(getattr(tier.traffic, name) for tier in tiers) for name in names}
     _wait(layers[0].device)
     begin = time.perf_counter()
@@ -209,7 +209,7 @@ def measure_filed(
     plain = mean([read_bytes(layer, steps, "host", None) for layer in layers])
     files = (pages["reads"] + pages["prefetched"]) * place.nvme_page
     traffic = Traffic(plain.listed, plain.fetched, plain.gpu, plain.pcie, files)
-    asked = max(1.0, pages["hits"] + pages["reads"])
+    asked = max(1.0, pages["hits"] + pages["misses"])
     same = all(torch.equal(*pair) for pair in zip(out, want[: len(out)], strict=True))
     row = case(tokens, "nvme", share, took, traffic, bandwidth, lru=None, same_bits=same, **facts)
     return row | {"hit_rate": pages["hits"] / asked, "layers": len(layers), "pages": pages}

@@ -15,7 +15,7 @@ from hga_compile.store.errors import StoreError
 from hga_compile.store.page_file import ALIGNMENT
 from hga_compile.store.page_format import HEADER_BYTES
 from hga_compile.store.pool import shared_pool
-from hga_compile.store.reader import BATCH_BYTES, PageReader, Traffic
+from hga_compile.store.reader import BATCH_BYTES, GroupReader, Traffic
 from hga_compile.store.storage_io import StorageIO
 from hga_compile.store.tier import Held, Pair, room_for
 
@@ -79,13 +79,13 @@ class NvmePages:
             self.place.nvme_folder, rows, size, self._groups * group, layer, self.place.nvme_threads, self.io
         )
         self._page_bytes = size
-        pool = shared_pool(size, self.place.nvme_cache, self.place.host_budget)
-        self._reader = PageReader(self._file, pool, self.place.poison)
+        pool = shared_pool(group, self.place.nvme_cache, self.place.host_budget)
+        self._reader = GroupReader(self._file, pool, self._groups, size, self.place.poison)
         self._tail = self._empty_tail()
         self._tokens = 0
         """Past the last token that was written."""
         self._last: Numbers = np.zeros(0, np.int64)
-        """Pages of the last routed set."""
+        """The last routed set, as `GroupReader` numbers groups."""
         if self.place.reserve_tokens:
             self.reserve(self.place.reserve_tokens)
 
@@ -180,7 +180,7 @@ class NvmePages:
         if kept <= self._file.watermark:
             # The block that `length` lies in stays on the file until its tokens are replaced.
             self._file.watermark = kept
-            self._reader.drop(kept * self.rows)
+            self._reader.drop(kept)
             if self.place.poison:
                 self._tail.fill_(blank(self.dtype))
         elif self.place.poison:
@@ -293,7 +293,7 @@ class NvmePages:
             tail.copy_(self._fetched(groups.expand(self.rows, -1), whole=True).transpose(0, 1))
         self._tail = tail
         self._file.watermark = block
-        self._reader.drop(block * self.rows)
+        self._reader.drop(block)
 
     def _write_blocks(self, block: int, count: int, key: Tensor, value: Tensor, begin: int) -> None:
         """Write complete blocks of tokens in the tail, and in `key` and `value` from `begin` on."""
@@ -309,11 +309,11 @@ class NvmePages:
         for view, part in zip(self._split(typed[skip:]), (key, value), strict=True):
             cut = part[:, tokens].unflatten(1, (count - skip, self._groups, self.group_size))
             view.copy_(cut.transpose(0, 1))
-        self._reader.drop(block * self.rows)
+        self._reader.drop(block)
         self._file.write(block, pages, count)
         # The index and the window are about to read what came last.
         last = np.arange(self.rows, dtype=np.int64) + (count - 1) * self.rows
-        self._reader.keep(last + block * self.rows, pages, last)
+        self._reader.keep(block + count - 1, pages, last)
 
     def _copied(self, rows: Tensor) -> "NvmePages":
         shape = (len(rows), self.dim, self.v_dim, self.group_size)
@@ -380,13 +380,11 @@ class NvmePages:
             where = torch.from_numpy(row.ravel()[in_tail]), torch.from_numpy(inside.ravel()[in_tail])
             flat[torch.from_numpy(np.flatnonzero(in_tail))] = self._tail[where]
         at = np.flatnonzero(~in_tail)
-        inside = inside.ravel()[at]
-        pages, which = np.unique((block * self.rows + row).ravel()[at], return_inverse=True)
-        if len(pages):
-            for memory, places in self._reader.parts(pages):
-                there = np.flatnonzero(places[which] >= 0)
-                if len(there):
-                    typed = memory.tensor(self.dtype, HEADER_BYTES, (self._groups, self._page))
-                    place, group = torch.from_numpy(places[which[there]]), torch.from_numpy(inside[there])
-                    flat[torch.from_numpy(at[there])] = typed[place, group]
+        numbers, first, same = np.unique(
+            (wanted * self.rows + row).ravel()[at], return_index=True, return_inverse=True
+        )
+        if len(numbers):
+            self._reader.copy(numbers, flat.view(torch.uint8).numpy(), at[first])
+        if len(numbers) < len(at):
+            flat[torch.from_numpy(at)] = flat[torch.from_numpy(at[first][same])]
         return out

@@ -1,4 +1,4 @@
-"""RAM as the cache of files: slots that hold pages, found by a table, given up by a clock."""
+"""RAM as the cache of files: slots that hold parts of them, found by a table, given up by a clock."""
 
 import os
 import threading
@@ -18,6 +18,8 @@ Numbers = NDArray[np.int64]
 
 # Bytes by which the pool grows.
 _STEP = 2**24
+# Slots that the clock looks at together.
+_WINDOW = 4096
 _NONE = -1
 
 
@@ -63,6 +65,8 @@ class PagePool:
         self._pins = np.zeros(most, np.int32)
         self._used = np.zeros(most, np.bool_)
         self._ready = self._hand = self._opened = 0
+        self._occupied = 0
+        """Slots that hold a page."""
         self._residents: dict[int, Residents] = {}
 
     def open(self) -> Residents:
@@ -92,12 +96,9 @@ class PagePool:
     def take(self, count: int) -> Numbers:
         """Return up to `count` slots to fill, pinned; other pages are given up for them."""
         with self._lock:
-            free = np.flatnonzero((self._owner[: self._ready] == _NONE) & (self._pins[: self._ready] == 0))
-            while len(free) < count and self._grow():
-                free = np.flatnonzero(
-                    (self._owner[: self._ready] == _NONE) & (self._pins[: self._ready] == 0)
-                )
-            taken = free[:count]
+            taken = self._vacant()[:count]
+            while len(taken) < count and self._grow():
+                taken = self._vacant()[:count]
             if len(taken) < count:
                 taken = np.concatenate([taken, self._evict(count - len(taken))])
             self._pins[taken] = 1
@@ -110,6 +111,7 @@ class PagePool:
                 residents.reach(int(pages.max()) + 1)
             self._free(residents.table[pages])
             residents.table[pages] = slots
+            self._occupied += int((self._owner[slots] == _NONE).sum())
             self._owner[slots], self._page[slots] = residents.number, pages
             # Not before it is asked for again: what is read once does not drive out what is read often.
             self._used[slots] = False
@@ -153,29 +155,41 @@ class PagePool:
 
     def _evict(self, count: int) -> Numbers:
         """Give up to `count` pages up, those first that were not used since the hand last passed."""
-        order = np.roll(np.arange(self._ready), -self._hand)
-        order = order[(self._pins[order] == 0) & (self._owner[order] != _NONE)]
-        used = self._used[order]
-        stale: Numbers = order[~used][:count]
-        if len(stale) < count:
-            # The hand has gone all the way round: whatever it passed has had its second chance.
-            self._used[order] = False
-            stale = np.concatenate([stale, order[used][: count - len(stale)]])
-        elif len(stale):
-            passed = order[: int(np.flatnonzero(order == stale[-1])[0])]
-            self._used[passed] = False
-        if len(stale):
-            self._hand = (int(stale[-1]) + 1) % self._ready
-        for number in np.unique(self._owner[stale]):
-            own = stale[self._owner[stale] == number]
+        found: list[Numbers] = []
+        looked = 0
+        # Once round, whatever the hand passes has its second chance; the second time there is none.
+        while count and looked < 2 * self._ready:
+            at = self._hand + np.arange(min(_WINDOW, self._ready - self._hand))
+            able = (self._pins[at] == 0) & (self._owner[at] != _NONE)
+            stale = np.flatnonzero(able & ~self._used[at])[:count]
+            passed = int(stale[-1]) + 1 if len(stale) == count else len(at)
+            given = at[stale]
+            self._give_up(given)
+            self._used[at[:passed][able[:passed]]] = False
+            found.append(given)
+            count -= len(stale)
+            looked += passed
+            self._hand = (self._hand + passed) % self._ready
+        return np.concatenate([*found, np.zeros(0, np.int64)])
+
+    def _vacant(self) -> Numbers:
+        """Return the slots that hold nothing and that nobody fills."""
+        if self._occupied == self._ready:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero((self._owner[: self._ready] == _NONE) & (self._pins[: self._ready] == 0))
+
+    def _give_up(self, slots: Numbers) -> None:
+        for number in np.unique(self._owner[slots]):
+            own = slots[self._owner[slots] == number]
             residents = self._residents.get(int(number))
             if residents is not None:
                 residents.table[self._page[own]] = _NONE
-        self._owner[stale] = _NONE
-        return stale
+        self._free(slots)
 
     def _free(self, slots: Numbers) -> None:
-        self._owner[slots[slots != _NONE]] = _NONE
+        slots = slots[slots != _NONE]
+        self._occupied -= int((self._owner[slots] != _NONE).sum())
+        self._owner[slots] = _NONE
 
 
 _pools: WeakValueDictionary[tuple[int, int, int, int | None], PagePool] = WeakValueDictionary()

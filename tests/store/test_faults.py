@@ -38,7 +38,7 @@ class Talk:
     def __init__(self, folder: Path, io: StorageIO, attends: bool = True) -> None:
         self.attends = attends
         # One thread: the n-th call is then the same one in every run.
-        place = place_of("nvme", nvme_folder=str(folder), nvme_threads=1, nvme_cache=2**16)
+        place = place_of("nvme", nvme_folder=str(folder), nvme_threads=1, nvme_cache=56_000)
         self.site, self.store = site_of("nvme", place=place), LayerStore("nvme", place, io)
         self.store.expect(4, 0)
         self.outs: list[Tensor] = []

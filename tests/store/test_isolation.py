@@ -28,7 +28,7 @@ def memory_of(pages: Tier) -> np.ndarray:
     """Return every byte of RAM that a tier reads from, whether it would or not."""
     if hasattr(pages, "buffer"):
         return pages.buffer.numpy().ravel()
-    pool = pages._reader._pool.memory.array[:, 64:]
+    pool = pages._reader._pool.memory.array
     return np.concatenate([pages._tail.numpy().ravel(), np.ascontiguousarray(pool).view(np.float32).ravel()])
 
 

@@ -126,7 +126,7 @@ def test_a_cpus_step_is_timed():
     routing = Routing(dense_below=64, centre_tokens=16)
     cpu = torch.device("cpu")
     few, many = (
-        measured_us(Step(4096, 2, 2, 32, routing.model_copy(update={"budget": budget}), "gpu", 4), cpu)
+        measured_us(Step(65536, 2, 2, 32, routing.model_copy(update={"budget": budget}), "gpu", 4), cpu)
         for budget in (Budget(tokens=64), Budget(fraction=1.0))
     )
     assert 0 < few < many
