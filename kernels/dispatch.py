@@ -41,6 +41,7 @@ class Need(NamedTuple):
     paged: bool = True
     """Whether the K/V lie in pages of a store."""
     summary: str = "lowbit"
+    centre: str = "first"
     chunks: bool = False
     """Whether chunks are chosen before groups."""
     parts: int = 1
@@ -148,6 +149,8 @@ def _triton_covers(need: Need) -> str | None:
             return "a prefill of queries with routed sets of their own (routing.prefill_tile)"
         if need.chunks and need.parts > _MOST_PARTS:
             return f"chunk_parts {need.parts} in a prefill (at most {_MOST_PARTS})"
+    if need.centre == "block":
+        return "codes about centres of blocks (routing.centre)"
     if need.padding == "gaps":
         return "padding with gaps"
     if need.padding and not need.sinks:
