@@ -1,9 +1,9 @@
 """Centres that move: the keys of a block are coded about the mean of the block before it.
 
 Rotary embedding turns the mean of a head's keys along with the position: about the mean of the keys just
-before it, less of a key is left to be coded than about the mean of the first ones. That mean is known when a
-block begins, so codes never change. As centres differ, a score is that of a key's code and the query's product
-with the centre.
+before it, less of a key is left to be coded than about the mean of the first ones. That mean is known when
+a block begins, so codes never change. As centres differ, a score is that of a key's code and the query's
+product with the centre.
 
 A centre is kept as what lies between it and the mean of the first keys, which all scores leave out: rotated
 as the keys are, in bfloat16. That of the first block is 0.

@@ -147,10 +147,10 @@ def _triton_covers(need: Need) -> str | None:
     if need.phase == "prefill":
         if not need.shared:
             return "a prefill of queries with routed sets of their own (routing.prefill_tile)"
+        if need.centre == "block":
+            return "a prefill by codes about centres of blocks (routing.centre)"
         if need.chunks and need.parts > _MOST_PARTS:
             return f"chunk_parts {need.parts} in a prefill (at most {_MOST_PARTS})"
-    if need.centre == "block":
-        return "codes about centres of blocks (routing.centre)"
     if need.padding == "gaps":
         return "padding with gaps"
     if need.padding and not need.sinks:

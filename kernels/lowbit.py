@@ -114,8 +114,7 @@ class LowBitSummary:
         used, new = self.groups * self.group_size, keys.shape[1]
         self._codes = grown(self._codes, used, used + new, 1 if self._bytes_last else 2)
         self.scales = grown(self.scales, used, used + new, 1)
-        fit = self._bytes_last and triton_serves(self.kernels, keys.device, keys.dtype, self.dim)
-        if fit and self.centres is None:
+        if self._bytes_last and triton_serves(self.kernels, keys.device, keys.dtype, self.dim):
             self._encode(keys, used)
         else:
             rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
@@ -153,7 +152,7 @@ class LowBitSummary:
     def _encode(self, keys: Tensor, begin: int | Tensor) -> None:
         encode(
             keys, self.centre, self.codes, self.scales, begin, self.bits, _STEP[self.bits],
-            self._turned_centre,
+            self._turned_centre, self._moved,
         )  # fmt: skip
 
     def truncate(self, groups: int) -> None:
