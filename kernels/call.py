@@ -183,7 +183,6 @@ class Call:
             phase=phase,
             paged=kv.paged,
             summary=self.routing.summary,
-            centre=self.routing.centre,
             chunks=self.routing.uses_chunks(self.length),
             parts=self.routing.chunk_parts,
             shared=self._shared,

@@ -41,7 +41,6 @@ class Need(NamedTuple):
     paged: bool = True
     """Whether the K/V lie in pages of a store."""
     summary: str = "lowbit"
-    centre: str = "first"
     chunks: bool = False
     """Whether chunks are chosen before groups."""
     parts: int = 1
@@ -147,8 +146,6 @@ def _triton_covers(need: Need) -> str | None:
     if need.phase == "prefill":
         if not need.shared:
             return "a prefill of queries with routed sets of their own (routing.prefill_tile)"
-        if need.centre == "block":
-            return "a prefill by codes about centres of blocks (routing.centre)"
         if need.chunks and need.parts > _MOST_PARTS:
             return f"chunk_parts {need.parts} in a prefill (at most {_MOST_PARTS})"
     if need.padding == "gaps":

@@ -240,7 +240,9 @@ class LowBitSummary:
     def tile_keys(self, groups: int, starts: Tensor | None, fused: bool) -> TileKeys:
         """Return what tiles are routed by (see `summaries.Summary`), rotated."""
         if fused:
-            return tile_keys(self.codes, self.scales, groups, self.group_size, self.bits, self.dim, starts)
+            return tile_keys(
+                self.codes, self.scales, groups, self.group_size, self.bits, self.dim, starts, self._moved
+            )
         tokens = groups * self.group_size
         codes, scales = self.codes[:, :, :tokens], self.scales[:, :tokens]
         keys = decode_keys(codes, scales, self.bits, self.dim)

@@ -75,8 +75,9 @@ def encode(
     _encode[(triton.cdiv(new, tokens), rows)](
         keys, keys.stride(0), keys.stride(1), centre, rotation(dim, keys.device), codes, *codes.stride(),
         scales, scales.stride(0), new, begin, end, step, centres, _row_stride(centres),
-        MOVED=BLOCK_TOKENS if centres is not None else 0, DIM=dim, PADDED=padded, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=tokens,
-        COLUMNS=min(padded, launch.columns), num_warps=launch.warps,
+        MOVED=BLOCK_TOKENS if centres is not None else 0, DIM=dim, PADDED=padded, BITS=bits,
+        BYTES=triton.cdiv(dim, 8 // bits), TOKENS=tokens, COLUMNS=min(padded, launch.columns),
+        num_warps=launch.warps,
     )  # fmt: skip
 
 
@@ -105,8 +106,9 @@ def _encode_many(
     _encode_rows[(triton.cdiv(tiles, times), rows)](
         keys, keys.stride(0), keys.stride(1), turned, matrix, factors, codes, *codes.stride(), scales,
         scales.stride(0), new, begin, step, centres, _row_stride(centres),
-        MOVED=BLOCK_TOKENS if centres is not None else 0, ALIKE=begin % _TOKENS == 0, DIM=dim, INNER=inner, PIECES=pieces, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=_TOKENS,
-        TIMES=times, STAGES=_STAGES, num_warps=_WARPS, maxnreg=_REGISTERS if pieces == 2 else None,
+        MOVED=BLOCK_TOKENS if centres is not None else 0, ALIKE=begin % _TOKENS == 0, DIM=dim, INNER=inner,
+        PIECES=pieces, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=_TOKENS, TIMES=times,
+        STAGES=_STAGES, num_warps=_WARPS, maxnreg=_REGISTERS if pieces == 2 else None,
     )  # fmt: skip
 
 
@@ -126,8 +128,8 @@ def _columns(
 def _encode_rows(
     keys, key_row, key_token, centre, matrix, factors, codes, code_row, code_byte, code_token, scales,
     scale_row, new, begin, step, centres, centre_row,
-    MOVED: tl.constexpr, ALIKE: tl.constexpr, DIM: tl.constexpr, INNER: tl.constexpr, PIECES: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
-    TOKENS: tl.constexpr, TIMES: tl.constexpr, STAGES: tl.constexpr,
+    MOVED: tl.constexpr, ALIKE: tl.constexpr, DIM: tl.constexpr, INNER: tl.constexpr, PIECES: tl.constexpr,
+    BITS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr, TIMES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     WIDTH: tl.constexpr = INNER // PER_BYTE
@@ -207,8 +209,8 @@ def _encode_rows(
 def _encode(
     keys, key_row, key_token, centre, matrix, codes, code_row, code_byte, code_token, scales, scale_row, new,
     begin, end, step, centres, centre_row,
-    MOVED: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    MOVED: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     TOP: tl.constexpr = (2**BITS - 1) / 2

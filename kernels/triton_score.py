@@ -11,8 +11,8 @@ from torch import Tensor
 from hga_compile.kernels.centres import BLOCK_TOKENS
 from hga_compile.kernels.launch import Score, launch_parameters, shape_of
 from hga_compile.kernels.overlap import COMPILED, follow, overlap
-from hga_compile.kernels.triton_centres import centre_scores
 from hga_compile.kernels.triton_bins import BINS, empty_bins
+from hga_compile.kernels.triton_centres import centre_scores
 from hga_compile.kernels.triton_turn import Turned
 
 __all__ = ["Kept", "Masses", "group_masses"]
@@ -121,7 +121,8 @@ def group_masses(
         SPAN=spans.shape[1], HEADS=heads, BITS=8 // per_byte, BYTES=width, PADDED_BYTES=padded,
         STRIDE=codes.stride(2), GROUP=group_size, BLOCK=tokens // group_size, ASSEMBLY=COMPILED,
         CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1, STAGES=2, AHEAD=ahead,
-        WARPS=launch.warps, BINS=BINS, MOVED=moved, SPREAD=BLOCK_TOKENS, num_warps=launch.warps, maxnreg=limit, **overlap(codes.device),
+        WARPS=launch.warps, BINS=BINS, MOVED=moved, SPREAD=BLOCK_TOKENS, num_warps=launch.warps,
+        maxnreg=limit, **overlap(codes.device),
     )  # fmt: skip
     return masses
 
@@ -261,8 +262,8 @@ def _groups(weight, HEADS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexp
 
 @triton.jit
 def _block(
-    block, best, whole, codes, scales, kept, of_centres, first, end, groups, blocks, planes, middle, step, mass,
-    peaks,
+    block, best, whole, codes, scales, kept, of_centres, first, end, groups, blocks, planes, middle, step,
+    mass, peaks,
     HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, PADDED_BYTES: tl.constexpr,
     STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     ASSEMBLY: tl.constexpr, WARPS: tl.constexpr, LOOPED: tl.constexpr, MOVED: tl.constexpr,
@@ -357,9 +358,9 @@ def _score(
         # Codes of the blocks that follow are on their way meanwhile.
         for share in tl.range(shares, num_stages=STAGES):
             best, whole = _block(
-                begin + share, best, whole, codes, scales, kept, of_centres, first, end, groups, blocks, planes,
-                middle, step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK, CHUNK, ASSEMBLY,
-                WARPS, LOOPED, MOVED, SPREAD, False,
+                begin + share, best, whole, codes, scales, kept, of_centres, first, end, groups, blocks,
+                planes, middle, step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK,
+                CHUNK, ASSEMBLY, WARPS, LOOPED, MOVED, SPREAD, False,
             )  # fmt: skip
     # A score that is not a number, or infinite, is seen in the sums: then all is done again, with care.
     broken = tl.max(((whole - whole != 0) | (best == float("inf"))).to(tl.int32), 0) > 0
@@ -369,9 +370,9 @@ def _score(
         share = 0
         while share < shares:
             best, whole = _block(
-                begin + share, best, whole, codes, scales, kept, of_centres, first, end, groups, blocks, planes,
-                middle, step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK, CHUNK, ASSEMBLY,
-                WARPS, LOOPED, MOVED, SPREAD, True,
+                begin + share, best, whole, codes, scales, kept, of_centres, first, end, groups, blocks,
+                planes, middle, step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK,
+                CHUNK, ASSEMBLY, WARPS, LOOPED, MOVED, SPREAD, True,
             )  # fmt: skip
             share += 1
     parts = tl.cdiv(blocks, shares)

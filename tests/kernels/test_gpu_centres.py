@@ -23,7 +23,7 @@ from hga_compile.kernels.scoring import Scoring
 
 def centred(keys: Tensor, middle: Tensor) -> tuple[BlockCentres, Tensor]:
     """Centres of all blocks, and the keys rotated less their centre."""
-    rows, tokens, dim = keys.shape
+    tokens, dim = keys.shape[1:]
     centres = BlockCentres(middle)
     begin, end = centres.missing(tokens)
     if end > begin:

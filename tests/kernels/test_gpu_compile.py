@@ -175,16 +175,22 @@ def test_pages_of_each_type_with_and_without_slots(compiled, dtype, cached):
 
 
 @pytest.mark.parametrize("shape", [(4, 128, torch.bfloat16), (2, 80, torch.float16)], ids=str)
-@pytest.mark.parametrize("tail", [False, True])
-def test_a_prefill_in_tiles(compiled, tail, shape):
+@pytest.mark.parametrize(("tail", "size", "moved"), [(0, 4, 0), (1, 4, 0), (0, 4, 1), (0, 1, 1), (0, 32, 1)])
+def test_a_prefill_in_tiles(compiled, tail, size, moved, shape):
     heads, dim, dtype = shape
     tokens, rows = 4096, 8
-    routing = Routing(dense_below=0, tail="estimate" if tail else "drop")
+    routing = Routing(
+        dense_below=0,
+        tail="estimate" if tail else "drop",
+        group_size=size,
+        centre="block" if moved else "first",
+    )
     tiles = plan_tiles(routing, 2048, 2048, None, 64)
     known = tiles.plan.last_window
     codes = torch.empty(rows, tokens, dim // 4, dtype=torch.uint8).transpose(1, 2)
     keys = gpu_tiles.tile_keys(
-        codes, torch.empty(rows, tokens, dtype=torch.float16), known, 4, 2, dim, None
+        codes, torch.empty(rows, tokens, dtype=torch.float16), known, size, 2, dim, None,
+        torch.empty(rows, 32, dim, dtype=torch.bfloat16) if moved else None,
     )  # fmt: skip
     rest = None
     if tail:
