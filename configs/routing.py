@@ -16,6 +16,8 @@ Vote = Literal["mass_sum", "mass_max"]
 Tail = Literal["drop", "estimate"]
 Prefill = Literal["routed", "dense"]
 PrefillTile = Literal["auto"] | Annotated[int, Field(ge=1, le=128)]
+CENTRE_BLOCK = 128
+"""Keys that are coded about the same centre with `centre: block`."""
 # In Python a list may stand for the tuple; what is inside stays strict.
 LayerIndices = Annotated[tuple[int, ...], Field(strict=False)]
 

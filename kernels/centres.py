@@ -12,12 +12,15 @@ as the keys are, in bfloat16. That of the first block is 0.
 import torch
 from torch import Tensor
 
+from hga_compile.configs.routing import CENTRE_BLOCK
 from hga_compile.kernels.rotation import rotation
 
 __all__ = ["BLOCK_TOKENS", "BlockCentres", "block_centres"]
 
-BLOCK_TOKENS = 128
+BLOCK_TOKENS = CENTRE_BLOCK
 """Keys of a block, counted from the first position."""
+# Blocks that room is made for beyond those that are there, and a quarter.
+_SLACK = 4
 
 
 def block_centres(keys: Tensor, counted: Tensor | None, middle: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ class BlockCentres:
         wanted = -(-tokens // BLOCK_TOKENS)
         if wanted > room:
             # Slack holds numbers: it may be multiplied, though nothing is made of it.
-            larger = self.values.new_zeros(rows, max(wanted, room + room // 4 + 4), dim)
+            larger = self.values.new_zeros(rows, max(wanted, room + room // 4 + _SLACK), dim)
             larger[:, : self.blocks] = self.values[:, : self.blocks]
             self.values = larger
 
