@@ -45,11 +45,13 @@ def block_centres(keys: Tensor, counted: Tensor | None, middle: Tensor) -> Tenso
     if counted is not None:
         usable = usable & counted
     kept = keys.masked_fill(~usable[..., None], 0.0).unflatten(1, (-1, BLOCK_TOKENS))
-    # In float64 sums do not depend on their order, nor centres on how the sequence was cut into steps.
-    total = kept.sum(2, dtype=torch.float64)
+    # In float64 sums do not depend on their order, nor centres on how the sequence was cut into steps. Metal has
+    # none.
+    wide = torch.float32 if keys.device.type == "mps" else torch.float64
+    total = kept.sum(2, dtype=wide)
     count = usable.unflatten(1, (-1, BLOCK_TOKENS)).sum(2)[..., None]
-    moved = (total / count.clamp(min=1) - middle.double()[:, None]).masked_fill(count == 0, 0.0)
-    turned = moved @ rotation(keys.shape[2], keys.device).double()
+    moved = (total / count.clamp(min=1) - middle.to(wide)[:, None]).masked_fill(count == 0, 0.0)
+    turned = moved @ rotation(keys.shape[2], keys.device).to(wide)
     most = torch.finfo(torch.bfloat16).max
     centres: Tensor = turned.clamp(-most, most).bfloat16()
     return centres

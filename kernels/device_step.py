@@ -150,9 +150,6 @@ def unfit(call: Call, step: DeviceStep) -> str | None:
         return f"a layer that needs {lacking}"
     if not isinstance(call.index.groups, LowBitSummary):
         return f"{routing.summary} summaries"
-    if call.index.groups.centres is not None:
-        # That of the next block would have to be made in the middle of the stretch.
-        return "codes about centres of blocks (routing.centre)"
     if routing.uses_chunks(call.length):
         return "the chunk stage"
     if call.index.tail is not None:

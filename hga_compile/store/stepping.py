@@ -44,6 +44,9 @@ def prepare(layer: LayerStore, step: DeviceStep, site: SiteConfig) -> None:
         raise NotReplayed("K/V in 8 bits (offload.kv_dtype)")
     if pages.gpu_pages is None or not isinstance(index.groups, LowBitSummary):
         raise NotReplayed("K/V or summaries that kernels of the GPU cannot read where they lie")
+    if index.groups.centres is not None:
+        # That of the next block would have to be made in the middle of the stretch.
+        raise NotReplayed("codes about centres of blocks (routing.centre)")
     layer.version += 1
     pages.reserve(step.last)
     done = index.groups.groups * size

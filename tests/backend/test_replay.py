@@ -222,6 +222,18 @@ def test_steps_whose_routes_are_recorded_run_as_they_are(
     assert any("recorded routes" in reason for reason in hga_compile.report().fallbacks)
 
 
+def test_steps_by_codes_about_centres_of_blocks_run_as_they_are(
+    model: Any, place: torch.device, recorder: Again
+) -> None:
+    ids = prompt(place)
+    want = generate(compiled(model, **{"compile.cuda_graph": False, "routing.centre": "block"}), ids, 7)
+    torch.compiler.reset()
+    hga_compile.reset_report()
+    assert torch.equal(generate(compiled(model, **{"routing.centre": "block"}), ids, 7), want)
+    assert recorder.replays == 0
+    assert any("centres of blocks" in reason for reason in hga_compile.report().fallbacks)
+
+
 def test_a_recording_that_fails_costs_no_token(
     model: Any, place: torch.device, recorder: Again, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,12 +298,15 @@ def test_cpp_routes_as_the_reference_does(
 
 @pytest.mark.parametrize("path", [None, [200, 90, *[1] * 40], [1] * 330], ids=["prefill", "pieces", "decode"])
 @pytest.mark.parametrize("mask", [None, *list(MASKS.values())[1:]], ids=MASKS)
-def test_attention_is_what_the_specification_says(mask: Tensor | None, path: list[int] | None) -> None:
-    tokens = 330
+@pytest.mark.parametrize("stage", ["off", "on"])
+def test_attention_is_what_the_specification_says(
+    mask: Tensor | None, path: list[int] | None, stage: str
+) -> None:
+    setting, tokens = moving(chunk_stage=stage), 330
     own = None if mask is None else mask[:, -tokens:]
     made = inputs(tokens, batch=2, kv_heads=1, mask=own)
-    want = attend_naively(moving(), made.query, made.key, made.value, made.scale, own)
-    got = run_steps(moving(), made, path or [tokens])
+    want = attend_naively(setting, made.query, made.key, made.value, made.scale, own)
+    got = run_steps(setting, made, path or [tokens])
     np.testing.assert_allclose(got.numpy(), want.out, rtol=0, atol=2e-5)
 
 
