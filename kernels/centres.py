@@ -45,8 +45,7 @@ def block_centres(keys: Tensor, counted: Tensor | None, middle: Tensor) -> Tenso
     if counted is not None:
         usable = usable & counted
     kept = keys.masked_fill(~usable[..., None], 0.0).unflatten(1, (-1, BLOCK_TOKENS))
-    # In float64 sums do not depend on their order, nor centres on how the sequence was cut into steps. Metal has
-    # none.
+    # In float64, which Metal lacks, sums do not depend on their order, nor centres on the steps' sizes.
     wide = torch.float32 if keys.device.type == "mps" else torch.float64
     total = kept.sum(2, dtype=wide)
     count = usable.unflatten(1, (-1, BLOCK_TOKENS)).sum(2)[..., None]
@@ -93,6 +92,10 @@ class BlockCentres:
             larger = self.values.new_zeros(rows, max(wanted, room + room // 4 + _SLACK), dim)
             larger[:, : self.blocks] = self.values[:, : self.blocks]
             self.values = larger
+
+    def know(self, tokens: int) -> None:
+        """Count the centres of the blocks of `tokens` tokens, which a kernel has made, as known."""
+        self.blocks = -(-tokens // BLOCK_TOKENS)
 
     def truncate(self, tokens: int) -> None:
         """Forget the blocks that begin at token number `tokens` or later."""

@@ -25,6 +25,7 @@ __all__ = [
     "decode_step",
     "encode",
     "fetched",
+    "follow_centre",
     "load_rows",
     "sent",
     "span_lines",
@@ -198,6 +199,13 @@ def encode(
     from hga_compile.kernels import triton_encode
 
     triton_encode.encode(keys, centre, codes, scales, begin, bits, step, turned, centres)
+
+
+def follow_centre(pages: Tensor, centres: Tensor, middle: Tensor, end: Tensor, group_size: int) -> None:
+    """Make the centre of a block that begins (see `triton_centres.follow_centre`)."""
+    from hga_compile.kernels import triton_centres
+
+    triton_centres.follow_centre(pages, centres, middle, end, group_size)
 
 
 def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> None:

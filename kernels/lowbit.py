@@ -14,7 +14,7 @@ from hga_compile.configs.routing import Routing
 from hga_compile.kernels.centres import BlockCentres
 from hga_compile.kernels.coarse import BLOCK, SINGLES, Coarse, TileKeys, average, exact, to_eight_bits
 from hga_compile.kernels.dispatch import preferred, triton_serves
-from hga_compile.kernels.gpu import encode
+from hga_compile.kernels.gpu import encode, follow_centre
 from hga_compile.kernels.gpu_tiles import tile_keys
 from hga_compile.kernels.levels import decode_levels
 from hga_compile.kernels.native import routed_groups, routed_steps, scan_scores
@@ -144,6 +144,19 @@ class LowBitSummary:
         self.scales[:, used:] = 0
         if new:
             self._encode(keys, used)
+
+    def follow(self, pages: Tensor, end: Tensor) -> None:
+        """Make the centre of the block that the last of as many tokens as `end` says begins, if it does.
+
+        Parameters
+        ----------
+        pages : Tensor
+            ``[groups, rows, page]`` of these tokens (see `store.pages.Pages`), which the GPU reaches.
+        end : Tensor
+            int32 on the GPU.
+        """
+        if self.centres is not None and self._turned_centre is not None:
+            follow_centre(pages, self.centres.values, self._turned_centre, end, self.group_size)
 
     def encode_last(self, keys: Tensor, end: Tensor) -> None:
         """Encode ``[rows, n, dim]`` keys of the last tokens of as many as `end` says, int32 on the GPU."""

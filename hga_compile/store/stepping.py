@@ -44,14 +44,18 @@ def prepare(layer: LayerStore, step: DeviceStep, site: SiteConfig) -> None:
         raise NotReplayed("K/V in 8 bits (offload.kv_dtype)")
     if pages.gpu_pages is None or not isinstance(index.groups, LowBitSummary):
         raise NotReplayed("K/V or summaries that kernels of the GPU cannot read where they lie")
-    if index.groups.centres is not None:
-        # That of the next block would have to be made in the middle of the stretch.
-        raise NotReplayed("codes about centres of blocks (routing.centre)")
     layer.version += 1
     pages.reserve(step.last)
     done = index.groups.groups * size
     if not layer.length - size < done <= layer.length:
         raise NotReplayed("an index that is not up to date")
+    centres = index.groups.centres
+    if centres is not None:
+        # Tokens of a group that is not complete may be of a block that none has been coded of.
+        first, last = centres.missing(layer.length)
+        if first < last:
+            centres.append(pages.read(first, last)[0], None)
+        centres.reserve(step.last)
     index.groups.reserve(pages.read(done, layer.length)[0], step.last)
 
 
@@ -102,6 +106,8 @@ def stepped(layer: LayerStore, length: int) -> None:
     assert layer.pages is not None and layer.index is not None and layer.index.groups is not None  # prepared
     layer.length = length
     layer.index.groups.groups = length // layer.pages.group_size
+    if layer.index.groups.centres is not None:
+        layer.index.groups.centres.know(length)
     _ = layer.pages.gpu_pages  # which kernels are at work on
 
 

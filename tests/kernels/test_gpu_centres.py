@@ -78,6 +78,23 @@ def test_codes_of_many_keys_are_those_of_the_reference(place, bits, dim, begin):
     assert bool((codes[:, :, begin + new :] == 7).all()) and bool((scales[:, :begin] == 7).all())
 
 
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("dim", [20, 64])
+def test_the_centre_of_a_block_that_begins_is_that_of_the_reference(place, dim, size):
+    keys, middle = drifting(place, 2, 300, dim), torch.randn(2, dim, device=place)
+    keys[1, 130, 3] = math.nan
+    pages = pages_of(keys, torch.randn(2, 300, dim, device=place), size).buffer
+    want, _ = centred(keys, middle)
+    got = torch.full((2, 4, dim), 7.0, dtype=torch.bfloat16, device=place)
+    turned = middle @ rotation(dim, place)
+    for tokens in (1, 128, 129, 130, 257):
+        end = torch.tensor([tokens], dtype=torch.int32, device=place)
+        gpu.follow_centre(pages, got, turned, end, size)
+    # The last of 8 bits may be rounded either way.
+    torch.testing.assert_close(got[:, 1:3].float(), want.values[:, 1:3].float(), rtol=2**-7, atol=1e-5)
+    assert bool((got[:, [0, 3]] == 7).all())
+
+
 def check(
     place: torch.device,
     rows: int = 2,

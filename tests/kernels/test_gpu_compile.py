@@ -146,8 +146,10 @@ def test_storing_at_a_position_that_the_gpu_knows(compiled):
     codes = torch.empty(8, 9000, 32, dtype=torch.uint8).transpose(1, 2)
     rotation(128, keys.device)
     gpu.encode(keys, torch.empty(8, 128), codes, torch.empty(8, 9000, dtype=torch.float16), end, 2, 1.0)
-    gpu.store_rows(torch.empty(3000, 8, 4 * 256, dtype=torch.bfloat16), keys, keys, end, 4)
-    assert compiled == ["_encode", "_copy"]
+    pages, centres = torch.empty(3000, 8, 4 * 256, dtype=torch.bfloat16), torch.empty(8, 71, 128)
+    gpu.store_rows(pages, keys, keys, end, 4)
+    gpu.follow_centre(pages, centres.bfloat16(), torch.empty(8, 128), end, 4)
+    assert compiled == ["_encode", "_copy", "_follow"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
