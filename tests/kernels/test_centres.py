@@ -17,6 +17,7 @@ from hga_compile.configs.profile import Offload
 from hga_compile.kernels import native, ops
 from hga_compile.kernels.centres import BlockCentres, block_centres
 from hga_compile.kernels.index import LayerIndex
+from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.lowbit import LowBitSummary, decode_keys, encode_keys
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.route import merge_votes
@@ -211,6 +212,12 @@ def test_one_centre_takes_the_bits_and_bytes_that_it_took() -> None:
     )
     assert summary.bytes_per_token() == 4 + 2
     assert summary.nbytes() == summary.codes.nbytes + summary.scales.nbytes + 2 * 16 * 4
+
+
+def test_the_report_counts_the_bytes_of_centres() -> None:
+    run_steps(moving(), inputs(200), [199, 1])
+    use = LEDGER.uses()[0, "decode"]
+    assert use.scored > 0 and use.summary_bytes == use.scored * (16 * 2 / 8 + 2 + 2 * 16 / 128)
 
 
 @pytest.mark.parametrize("kernels", ["native", "reference"])
