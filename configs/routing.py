@@ -11,10 +11,13 @@ from hga_compile.configs.budget import Budget, Window
 SummaryKind = Literal["lowbit", "mean"]
 Bits = Annotated[Literal[1, 2, 4, 8], BeforeValidator(plain_int)]
 ChunkStage = Literal["auto", "on", "off"]
+Centre = Literal["first", "block"]
 Vote = Literal["mass_sum", "mass_max"]
 Tail = Literal["drop", "estimate"]
 Prefill = Literal["routed", "dense"]
 PrefillTile = Literal["auto"] | Annotated[int, Field(ge=1, le=128)]
+CENTRE_BLOCK = 128
+"""Keys that are coded about the same centre with `centre: block`."""
 # In Python a list may stand for the tuple; what is inside stays strict.
 LayerIndices = Annotated[tuple[int, ...], Field(strict=False)]
 
@@ -48,6 +51,9 @@ class LayerOverride(Settings):
 
     bits: Bits | None = None
     """As `routing.bits`."""
+
+    centre: Centre | None = None
+    """As `routing.centre`."""
 
     dense_below: Annotated[int, Field(ge=0)] | None = None
     """As `routing.dense_below`."""
@@ -85,6 +91,10 @@ class Routing(Settings):
 
     bits: Bits = 2
     """Bits per key channel of the `lowbit` summary: 1, 2, 4 or 8. `mean` does not use it."""
+
+    centre: Centre = "first"
+    """What `lowbit` keys are coded about: `first`, the mean of the first `centre_tokens` keys of the head, or
+    `block`, for each block of 128 keys the mean of the block before it."""
 
     group_size: Annotated[int, Field(ge=1, le=64)] = 4
     """Tokens of a group, the smallest unit that is routed to and fetched: 1 to 64, divides `chunk_size`."""
@@ -165,10 +175,14 @@ class Routing(Settings):
                 ("chunk_parts",),
             )
         _check_sinks(self.sinks, self.budget, ("budget", "tokens"))
+        _check_centre(self.centre, self.summary, ())
         for place, override in enumerate(self.overrides):
             sinks = self.sinks if override.sinks is None else override.sinks
             field = ("sinks",) if override.budget is None else ("budget", "tokens")
             _check_sinks(sinks, override.budget or self.budget, ("overrides", place, *field))
+            _check_centre(
+                override.centre or self.centre, override.summary or self.summary, ("overrides", place)
+            )
         return self
 
     def chunk_tokens_for(self, visible: int) -> int:
@@ -254,6 +268,16 @@ def _check_sinks(sinks: int, budget: Budget, path: Sequence[str | int]) -> None:
             f"sinks must fit the budget, got {sinks} sinks and a budget of {budget.tokens} tokens; raise the "
             "budget (routing.budget.tokens; the whole context is fraction 1.0) or lower routing.sinks",
             path,
+        )
+
+
+def _check_centre(centre: Centre, summary: SummaryKind, path: Sequence[str | int]) -> None:
+    """Refuse centres of codes where there are no codes."""
+    if centre == "block" and summary != "lowbit":
+        raise conflict(
+            f"centre block needs summary lowbit, got summary {summary}, which has no codes to centre; "
+            "expected centre first or summary lowbit (routing.centre)",
+            (*path, "centre"),
         )
 
 

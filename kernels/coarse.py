@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hga_compile.kernels.centres import BLOCK_TOKENS
+
 __all__ = [
     "BLOCK",
     "CANDIDATES",
@@ -70,6 +72,9 @@ class TileKeys:
     """Channels of a key."""
     chunks: Coarse | None = None
     """``[rows, chunks * parts, padded]``: means of parts of chunks, not rotated; None: all are kept."""
+    centres: Coarse | None = None
+    """``[rows, >= blocks, padded]``: what keys of each block are coded about (see `centres`); None: all are
+    coded about one centre. Means and anchors have it in them."""
 
     @property
     def refined(self) -> bool:
@@ -165,7 +170,14 @@ def votes_by_means(query: Coarse, means: Coarse, bases: Tensor, vote: str, parts
     return _votes(scores, broken, bases, vote)
 
 
-def votes_by_tokens(query: Coarse, levels: Tensor, scales: Tensor, bases: Tensor, vote: str) -> Tensor:
+def votes_by_tokens(
+    query: Coarse,
+    levels: Tensor,
+    scales: Tensor,
+    bases: Tensor,
+    vote: str,
+    centres: Coarse | None = None,
+) -> Tensor:
     """Do what `votes_by_means` does with the best of each group's low-bit keys as its score.
 
     Parameters
@@ -178,11 +190,17 @@ def votes_by_tokens(query: Coarse, levels: Tensor, scales: Tensor, bases: Tensor
         ``[rows, groups, tokens]`` float32.
     bases, vote
         As `votes_by_means` takes them.
+    centres : Coarse or None
+        What the keys of each block are coded about (see `TileKeys`).
     """
     broken = ~torch.isfinite(scales)
     scores = torch.einsum("rhqd,rgtd->rhqgt", query.values, levels)
-    scores = (scores * scales.masked_fill(broken, 0.0)[:, None, None]).amax(-1) * query.steps[..., None]
-    return _votes(scores, broken.any(-1), bases, vote)
+    scores = scores * scales.masked_fill(broken, 0.0)[:, None, None]
+    if centres is not None:
+        products = torch.einsum("rhqd,rbd->rhqb", query.values, centres.values) * centres.steps[:, None, None]
+        token = torch.arange(scales[0].numel(), device=scales.device)
+        scores = scores + products[..., token // BLOCK_TOKENS].view_as(scores)
+    return _votes(scores.amax(-1) * query.steps[..., None], broken.any(-1), bases, vote)
 
 
 def _scores(query: Coarse, keys: Coarse) -> Tensor:

@@ -28,6 +28,8 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kVectors = 4;                // bytes of a word
 constexpr int kBlock = kLanes * kVectors;  // tokens at a time
+constexpr int kCentred = 128;              // tokens that are coded about one centre, if centres move
+static_assert(kCentred % kBlock == 0);
 constexpr int kHeads = 4;                  // heads at a time
 constexpr int kAhead = 8 * kBlock;         // tokens to fetch in advance
 constexpr int kPages = 4;                  // pages to fetch in advance
@@ -112,11 +114,28 @@ inline void score_block(const std::uint8_t* codes, std::int64_t stride, const fl
   }
 }
 
+inline float dot(const float* one, const float* other, int dim) {
+  Floats sum = {};
+  int channel = 0;
+  for (; channel + kLanes <= dim; channel += kLanes) sum += load(one + channel) * load(other + channel);
+  float rest = 0.0f;
+  for (; channel < dim; ++channel) rest += one[channel] * other[channel];
+  return sum_of(sum) + rest;
+}
+
+inline void widen(const std::uint16_t* halves, float* to, int dim) {
+  for (int channel = 0; channel < dim; ++channel) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(halves[channel]) << 16;
+    std::memcpy(to + channel, &bits, sizeof bits);
+  }
+}
+
 // Scores [heads, blocks, kVectors, kLanes] of whole blocks, scaled; what lies past the last token is -infinity.
+// Keys of each kCentred tokens are coded about one of `centres` [*, dim], bfloat16; null: all about the same.
 // Sets the heads' `peaks`; returns false if a score is not finite.
 template <int kBits, int kCount>
 bool score_heads(const std::uint8_t* codes, std::int64_t stride, const float* query, int dim, const float* scales,
-                 float* out, float* peaks, std::int64_t tokens) {
+                 const std::uint16_t* centres, float* out, float* peaks, std::int64_t tokens) {
   constexpr int kPerByte = 8 / kBits;
   constexpr float kTop = ((1 << kBits) - 1) / 2.0f;
   const int bytes = (dim + kPerByte - 1) / kPerByte;
@@ -131,10 +150,16 @@ bool score_heads(const std::uint8_t* codes, std::int64_t stride, const float* qu
       shrunk[channel * kCount + head] = value / static_cast<float>(1 << (channel % kPerByte * kBits));
     }
   std::vector<std::uint8_t> rest;
+  std::vector<float> centre(centres ? dim : 0);
+  float moved[kCount] = {};
   Floats peak[kCount], bad = {};
   for (Floats& most : peak) most = Floats{} - kInfinity;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t count = std::min<std::int64_t>(kBlock, tokens - block * kBlock);
+    if (centres && block % (kCentred / kBlock) == 0) {
+      widen(centres + block / (kCentred / kBlock) * dim, centre.data(), dim);
+      for (int head = 0; head < kCount; ++head) moved[head] = dot(query + head * dim, centre.data(), dim);
+    }
     const std::uint8_t* source = codes + block * kBlock;
     std::int64_t step = stride;
     if (count < kBlock) {
@@ -153,6 +178,7 @@ bool score_heads(const std::uint8_t* codes, std::int64_t stride, const float* qu
       const Floats scale = load(ordered[part]);
       for (int head = 0; head < kCount; ++head) {
         Floats score = sum[head][part] * scale;
+        if (centres) score += moved[head];
         bad += score * 0.0f;  // not a number where the score is not finite
         if (count < kBlock)
           for (int lane = 0; lane < kLanes; ++lane)
@@ -168,7 +194,7 @@ bool score_heads(const std::uint8_t* codes, std::int64_t stride, const float* qu
 
 template <int kBits>
 bool score_row(const std::uint8_t* codes, std::int64_t stride, const float* query, int heads, int dim,
-               const float* scales, float* out, float* peaks, std::int64_t tokens) {
+               const float* scales, const std::uint16_t* centres, float* out, float* peaks, std::int64_t tokens) {
   const std::int64_t blocks = (tokens + kBlock - 1) / kBlock;
   bool finite = true;
   for (int head = 0; head < heads; head += kHeads) {
@@ -177,7 +203,8 @@ bool score_row(const std::uint8_t* codes, std::int64_t stride, const float* quer
                : left == 2 ? score_heads<kBits, 2>
                : left == 3 ? score_heads<kBits, 3>
                            : score_heads<kBits, 4>;
-    finite &= run(codes, stride, query + head * dim, dim, scales, out + head * blocks * kBlock, peaks + head, tokens);
+    finite &= run(codes, stride, query + head * dim, dim, scales, centres, out + head * blocks * kBlock, peaks + head,
+                  tokens);
   }
   return finite;
 }
@@ -268,15 +295,6 @@ void choose(const float* votes, std::int64_t first, std::int64_t end, std::int64
   groups.resize(at);
 }
 
-inline float dot(const float* one, const float* other, int dim) {
-  Floats sum = {};
-  int channel = 0;
-  for (; channel + kLanes <= dim; channel += kLanes) sum += load(one + channel) * load(other + channel);
-  float rest = 0.0f;
-  for (; channel < dim; ++channel) rest += one[channel] * other[channel];
-  return sum_of(sum) + rest;
-}
-
 // Softmax attention of queries [heads, dim] over the first `tokens` tokens of pages: a page holds the keys
 // [size, dim] and then the values [size, v_dim] of one group of one row.
 void attend_row(const float* pages, std::int64_t stride, const std::int64_t* groups, std::int64_t count,
@@ -323,9 +341,9 @@ struct Span {
 };
 
 // Lists the groups of one query of one row (see hga_steps); false if a score is not finite.
-bool list_groups(const std::uint8_t* codes, std::int64_t byte_stride, const float* scales, const float* turned,
-                 const Span& span, int heads, int dim, int size, int bits, int most,
-                 std::vector<std::int64_t>& groups) {
+bool list_groups(const std::uint8_t* codes, std::int64_t byte_stride, const float* scales,
+                 const std::uint16_t* centres, const float* turned, const Span& span, int heads, int dim, int size,
+                 int bits, int most, std::vector<std::int64_t>& groups) {
   const std::int64_t tokens = span.window * size, blocks = (tokens + kBlock - 1) / kBlock;
   const std::int64_t last = (span.length + size - 1) / size;
   // Kept from step to step: fresh memory costs more than what is done with it.
@@ -338,7 +356,7 @@ bool list_groups(const std::uint8_t* codes, std::int64_t byte_stride, const floa
     scores.resize(heads * blocks * kBlock);
     peaks.resize(heads);
     masses.resize(blocks * kBlock / run_of(size));
-    if (!scorer_of(bits)(codes, byte_stride, turned, heads, dim, scales, scores.data(), peaks.data(), tokens))
+    if (!scorer_of(bits)(codes, byte_stride, turned, heads, dim, scales, centres, scores.data(), peaks.data(), tokens))
       return false;
     votes.assign(span.window, 0.0f);
     for (int head = 0; head < heads; ++head) {
@@ -353,11 +371,12 @@ bool list_groups(const std::uint8_t* codes, std::int64_t byte_stride, const floa
 
 // One query of one row (see hga_steps); false if a score is not finite.
 bool step(const float* pages, std::int64_t page_stride, const std::uint8_t* codes, std::int64_t byte_stride,
-          const float* scales, const float* turned, const float* query, float* out, const Span& span, int heads, int dim,
-          int v_dim, int size, int bits, int most, float scale) {
+          const float* scales, const std::uint16_t* centres, const float* turned, const float* query, float* out,
+          const Span& span, int heads, int dim, int v_dim, int size, int bits, int most, float scale) {
   thread_local std::vector<float> weights;
   thread_local std::vector<std::int64_t> groups;
-  if (!list_groups(codes, byte_stride, scales, turned, span, heads, dim, size, bits, most, groups)) return false;
+  if (!list_groups(codes, byte_stride, scales, centres, turned, span, heads, dim, size, bits, most, groups))
+    return false;
   const std::int64_t count = static_cast<std::int64_t>(groups.size());
   const std::int64_t missing = (span.length + size - 1) / size * size - span.length;
   attend_row(pages, page_stride, groups.data(), count, count * size - missing, query, out, heads, dim, v_dim, size,
@@ -369,15 +388,17 @@ bool step(const float* pages, std::int64_t page_stride, const std::uint8_t* code
 
 extern "C" {
 
-// Scores [rows, heads, tokens] of queries [rows, heads, dim]; 1 if one is not finite.
+// Scores [rows, heads, tokens] of queries [rows, heads, dim]; 1 if one is not finite. Centres that move
+// [rows, *, dim], bfloat16, or null; rows of them, as of codes, lie a stride apart.
 int hga_scores(const std::uint8_t* codes, std::int64_t row_stride, std::int64_t byte_stride, const float* scales,
-               const float* query, float* scores, std::int64_t rows, int heads, int dim, int bits,
-               std::int64_t tokens) {
+               const std::uint16_t* centres, std::int64_t centre_stride, const float* query, float* scores,
+               std::int64_t rows, int heads, int dim, int bits, std::int64_t tokens) {
   const std::int64_t blocks = (tokens + kBlock - 1) / kBlock;
   std::vector<float> found(heads * blocks * kBlock), peaks(heads);
   for (std::int64_t row = 0; row < rows; ++row) {
     if (!scorer_of(bits)(codes + row * row_stride, byte_stride, query + row * heads * dim, heads, dim,
-                         scales + row * tokens, found.data(), peaks.data(), tokens))
+                         scales + row * tokens, centres ? centres + row * centre_stride : nullptr, found.data(),
+                         peaks.data(), tokens))
       return 1;
     for (int head = 0; head < heads; ++head)
       for (std::int64_t token = 0; token < tokens; ++token)
@@ -399,11 +420,13 @@ void hga_attend(const float* pages, const std::int64_t* groups, const float* que
 
 // Routes and attends, one query at a time: scores the groups before its window, chooses `chosen` of them behind the
 // sinks, and attends to sinks, chosen groups and window up to token `length`. Queries [rows, queries, heads, dim] and
-// scales [rows, tokens]; spans [queries]. 1 if a score is not finite: `out` counts for nothing.
+// scales [rows, tokens]; spans [queries]; centres as hga_scores takes them. 1 if a score is not finite: `out` counts
+// for nothing.
 int hga_steps(const float* pages, const std::uint8_t* codes, std::int64_t row_stride, std::int64_t byte_stride,
-              const float* scales, std::int64_t scale_stride, const float* turned, const float* query, float* out,
-              const Span* spans, std::int64_t rows, std::int64_t queries, int heads, int dim, int v_dim, int size,
-              int bits, int most, float scale, int threads) {
+              const float* scales, std::int64_t scale_stride, const std::uint16_t* centres, std::int64_t centre_stride,
+              const float* turned, const float* query, float* out, const Span* spans, std::int64_t rows,
+              std::int64_t queries, int heads, int dim, int v_dim, int size, int bits, int most, float scale,
+              int threads) {
   const std::int64_t page = static_cast<std::int64_t>(size) * (dim + v_dim);
   std::atomic<std::int64_t> next{0};
   std::atomic<bool> finite{true};
@@ -412,8 +435,8 @@ int hga_steps(const float* pages, const std::uint8_t* codes, std::int64_t row_st
       // The last queries see most: begun first, they do not keep others waiting at the end.
       const std::int64_t row = item % rows, number = queries - 1 - item / rows, at = row * queries + number;
       if (!step(pages + row * page, rows * page, codes + row * row_stride, byte_stride, scales + row * scale_stride,
-                turned + at * heads * dim, query + at * heads * dim, out + at * heads * v_dim, spans[number], heads, dim,
-                v_dim, size, bits, most, scale))
+                centres ? centres + row * centre_stride : nullptr, turned + at * heads * dim, query + at * heads * dim,
+                out + at * heads * v_dim, spans[number], heads, dim, v_dim, size, bits, most, scale))
         finite = false;
     }
   };
@@ -425,12 +448,14 @@ int hga_steps(const float* pages, const std::uint8_t* codes, std::int64_t row_st
 }
 // The groups [rows, width] that hga_steps attends to from one query of each row. 1 if a score is not finite.
 int hga_routes(const std::uint8_t* codes, std::int64_t row_stride, std::int64_t byte_stride, const float* scales,
-               std::int64_t scale_stride, const float* turned, const Span* span, std::int64_t* groups,
-               std::int64_t rows, std::int64_t width, int heads, int dim, int size, int bits, int most) {
+               std::int64_t scale_stride, const std::uint16_t* centres, std::int64_t centre_stride,
+               const float* turned, const Span* span, std::int64_t* groups, std::int64_t rows, std::int64_t width,
+               int heads, int dim, int size, int bits, int most) {
   std::vector<std::int64_t> found;
   for (std::int64_t row = 0; row < rows; ++row) {
-    if (!list_groups(codes + row * row_stride, byte_stride, scales + row * scale_stride, turned + row * heads * dim, *span,
-                     heads, dim, size, bits, most, found))
+    if (!list_groups(codes + row * row_stride, byte_stride, scales + row * scale_stride,
+                     centres ? centres + row * centre_stride : nullptr, turned + row * heads * dim, *span, heads, dim, size,
+                     bits, most, found))
       return 1;
     std::copy(found.begin(), found.begin() + std::min<std::int64_t>(width, found.size()), groups + row * width);
   }

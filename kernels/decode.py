@@ -99,10 +99,11 @@ def _gpu_step(call: Call, plan: QueryPlan) -> Tensor | None:
     spans = spans_of(routing, plan, starts, call.query.device)
     query = call.query.flatten(0, 1)[:, :, 0].to(call.kv.dtype)
     codes, scales = summary.stored
+    centres = None if summary.centres is None else summary.centres.values
     out, groups = decode_step(
         pages, codes, scales, query, spans, length=call.length, routing=routing, scale=call.scale,
         scoring=call.scoring, kv_heads=call.query.shape[1], parts=None if chunks is None else chunks.means,
-        tail=call.index.tail, fetch=call.kv.fetch, hot=call.hot,
+        tail=call.index.tail, fetch=call.kv.fetch, hot=call.hot, centres=centres,
     )  # fmt: skip
     call.count_scored(plan.last_window)
     call.use.add_attended(spans.attended * (call.kv.rows // len(plan.visible)))

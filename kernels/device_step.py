@@ -184,12 +184,14 @@ def attend_step(call: Call, key: Tensor, value: Tensor, step: DeviceStep) -> Ten
     assert pages is not None and isinstance(summary, LowBitSummary)  # fit
     end = spans.table.flatten()[6:]
     store_rows(pages, key, value, end, call.routing.group_size)
+    summary.follow(pages, end)
     summary.encode_last(key, end)
     query = call.query.flatten(0, 1)[:, :, 0].to(call.kv.dtype)
     codes, scales = summary.stored
     out, _ = decode_step(
         pages, codes, scales, query, spans, length=call.length, routing=call.routing, scale=call.scale,
         scoring=call.scoring, kv_heads=call.query.shape[1], hot=call.hot,
+        centres=None if summary.centres is None else summary.centres.values,
     )  # fmt: skip
     return out.to(call.query.dtype)
 

@@ -25,6 +25,7 @@ __all__ = [
     "decode_step",
     "encode",
     "fetched",
+    "follow_centre",
     "load_rows",
     "sent",
     "span_lines",
@@ -192,11 +193,19 @@ def encode(
     bits: int,
     step: float,
     turned: Tensor | None = None,
+    centres: Tensor | None = None,
 ) -> None:
     """Encode keys (see `triton_encode.encode`)."""
     from hga_compile.kernels import triton_encode
 
-    triton_encode.encode(keys, centre, codes, scales, begin, bits, step, turned)
+    triton_encode.encode(keys, centre, codes, scales, begin, bits, step, turned, centres)
+
+
+def follow_centre(pages: Tensor, centres: Tensor, middle: Tensor, end: Tensor, group_size: int) -> None:
+    """Make the centre of a block that begins (see `triton_centres.follow_centre`)."""
+    from hga_compile.kernels import triton_centres
+
+    triton_centres.follow_centre(pages, centres, middle, end, group_size)
 
 
 def store_means(keys: Tensor, means: Tensor, begin: int, group_size: int) -> None:
@@ -236,6 +245,7 @@ def decode_step(
     tail: TailSummary | None = None,
     fetch: Callable[[Tensor], Tensor] | None = None,
     hot: HotCache | None = None,
+    centres: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Route one query a head by summaries and attend to what it is routed to.
 
@@ -271,6 +281,9 @@ def decode_step(
         this waits for the GPU.
     hot : HotCache or None
         Slots for pages that lie in pinned memory.
+    centres : Tensor or None
+        ``[rows, >= blocks, dim]`` bfloat16: what the keys of each block are coded about (see `centres`);
+        None: all are coded about one centre.
 
     Returns
     -------
@@ -286,8 +299,9 @@ def decode_step(
     query, table = query.contiguous(), spans.table
     shared = len(query) if len(table) == 1 else kv_heads
     chosen = route(
-        codes, scales, query, spans, routing=routing, scale=scale, rows_of_span=shared, parts=parts
-    )
+        codes, scales, query, spans, routing=routing, scale=scale, rows_of_span=shared, parts=parts,
+        centres=centres,
+    )  # fmt: skip
     estimate = None
     if tail is not None:
         estimate = tail_shares(query, tail, table, length=length, scale=scale, rows_of_span=shared)

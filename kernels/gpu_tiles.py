@@ -60,12 +60,19 @@ def tile_spans(tiles: Tiles, refined: bool, starts: Tensor | None, device: torch
 
 
 def tile_keys(
-    codes: Tensor, scales: Tensor, groups: int, group_size: int, bits: int, dim: int, starts: Tensor | None
+    codes: Tensor,
+    scales: Tensor,
+    groups: int,
+    group_size: int,
+    bits: int,
+    dim: int,
+    starts: Tensor | None,
+    centres: Tensor | None = None,
 ) -> TileKeys:
     """Average low-bit keys over groups and blocks (see `triton_coarse.coarse_codes`)."""
     from hga_compile.kernels import triton_coarse
 
-    return triton_coarse.coarse_codes(codes, scales, groups, group_size, bits, dim, starts)
+    return triton_coarse.coarse_codes(codes, scales, groups, group_size, bits, dim, starts, centres)
 
 
 def coarse_means(means: Tensor, groups: int) -> Coarse:
@@ -199,6 +206,6 @@ def _choose_for_tiles(
     names = select_groups(votes, candidates, longest(tiles.candidates), shared, names)
     votes = votes_by_tokens(
         query, keys.codes, keys.scales, names, bases, candidates, group_size=routing.group_size,
-        bits=routing.bits, dim=keys.dim, most=most, rows_of_span=shared,
+        bits=routing.bits, dim=keys.dim, most=most, rows_of_span=shared, centres=keys.centres,
     )  # fmt: skip
     return select_groups(votes, table, width, shared, names)

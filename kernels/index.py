@@ -93,7 +93,7 @@ class LayerIndex:
         done = self.groups.groups * routing.group_size
         end = length - length % routing.group_size
         if end > done:
-            self.groups.append(read(done, end)[0])
+            self.groups.append(self._keys(self.groups, done, end, read, key_mask))
         end = length - length % routing.chunk_size
         if routing.uses_chunks(length):
             self._extend_chunks(end, read)
@@ -139,6 +139,20 @@ class LayerIndex:
         """Return the bytes of summaries that routing one query reads for each token, in one row."""
         parts = (self.groups, self.chunks, self.tail)
         return sum(part.bytes_per_token() for part in parts if part is not None)
+
+    def _keys(
+        self, groups: Summary, done: int, end: int, read: KeyValueReader, key_mask: Tensor | None
+    ) -> Tensor:
+        """Read the keys to summarise, and make the centres that they are coded about first."""
+        centres = groups.centres
+        first, last = (done, done) if centres is None else centres.missing(end)
+        if centres is None or first >= last:
+            return read(done, end)[0]
+        begin = min(first, done)
+        keys = read(begin, end)[0]
+        counted = None if key_mask is None else key_mask[:, first:last]
+        centres.append(keys[:, first - begin : last - begin], counted)
+        return keys[:, done - begin :]
 
     def _more_centred(self, length: int, key_mask: Tensor | None) -> bool:
         """Say whether a row that was short of keys for its centre has them by now."""

@@ -2,7 +2,8 @@
 
 A key is centred by its head's mean key (a shift that the softmax cannot see), rotated by a Hadamard matrix so
 that no channel stands out, and rounded to ``2**bits`` levels that are symmetric about zero, with one scale a
-token. A group's score is the log-sum-exp of its tokens' low-bit scores.
+token. A group's score is the log-sum-exp of its tokens' low-bit scores. With `routing.centre: block` a key is
+coded about a centre that moves along with the keys (see `centres`).
 """
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels.coarse import BLOCK, SINGLES, Coarse, TileKeys, average, to_eight_bits
+from hga_compile.kernels.centres import BlockCentres
+from hga_compile.kernels.coarse import BLOCK, SINGLES, Coarse, TileKeys, average, exact, to_eight_bits
 from hga_compile.kernels.dispatch import preferred, triton_serves
-from hga_compile.kernels.gpu import encode
+from hga_compile.kernels.gpu import encode, follow_centre
 from hga_compile.kernels.gpu_tiles import tile_keys
 from hga_compile.kernels.levels import decode_levels
 from hga_compile.kernels.native import routed_groups, routed_steps, scan_scores
@@ -75,7 +77,7 @@ class LowBitSummary:
     Parameters
     ----------
     routing : Routing
-        `bits` and `group_size` are used.
+        `bits`, `group_size` and `centre` are used.
     centre : Tensor
         ``[rows, dim]`` float32.
     kernels : {"auto", "triton", "native", "reference"}
@@ -86,6 +88,7 @@ class LowBitSummary:
         self.kernels = kernels
         self.bits, self.group_size = routing.bits, routing.group_size
         self.centre = centre
+        self.centres = BlockCentres(centre.float()) if routing.centre == "block" else None
         self.groups = 0
         rows, self.dim = centre.shape
         packed = -(-self.dim * self.bits // 8)
@@ -115,6 +118,8 @@ class LowBitSummary:
             self._encode(keys, used)
         else:
             rotated = (keys.float() - self.centre[:, None]) @ rotation(self.dim, keys.device)
+            if self.centres is not None:
+                rotated -= self.centres.of_tokens(used, used + new)
             codes, scales = encode_keys(rotated, self.bits)
             self.codes[:, :, used : used + new] = codes
             self.scales[:, used : used + new] = scales
@@ -140,6 +145,19 @@ class LowBitSummary:
         if new:
             self._encode(keys, used)
 
+    def follow(self, pages: Tensor, end: Tensor) -> None:
+        """Make the centre of the block that the last of as many tokens as `end` says begins, if it does.
+
+        Parameters
+        ----------
+        pages : Tensor
+            ``[groups, rows, page]`` of these tokens (see `store.pages.Pages`), which the GPU reaches.
+        end : Tensor
+            int32 on the GPU.
+        """
+        if self.centres is not None and self._turned_centre is not None:
+            follow_centre(pages, self.centres.values, self._turned_centre, end, self.group_size)
+
     def encode_last(self, keys: Tensor, end: Tensor) -> None:
         """Encode ``[rows, n, dim]`` keys of the last tokens of as many as `end` says, int32 on the GPU."""
         self._encode(keys, end)
@@ -147,12 +165,14 @@ class LowBitSummary:
     def _encode(self, keys: Tensor, begin: int | Tensor) -> None:
         encode(
             keys, self.centre, self.codes, self.scales, begin, self.bits, _STEP[self.bits],
-            self._turned_centre,
+            self._turned_centre, self._moved,
         )  # fmt: skip
 
     def truncate(self, groups: int) -> None:
         """Forget every group from number `groups` on."""
         self.groups = min(self.groups, groups)
+        if self.centres is not None:
+            self.centres.truncate(self.groups * self.group_size)
 
     def scorer(self, groups: int) -> Scorer:
         """Return the scoring function of the first `groups` groups."""
@@ -165,13 +185,15 @@ class LowBitSummary:
             token = None
             if queries == 1 and preferred(self.kernels, codes.device) == "native" and codes.is_cpu:
                 # Unpacking alone costs more than this does.
-                token = scan_scores(codes, scales[:, :end], flat, self.bits)
+                token = scan_scores(codes, scales[:, :end], flat, self.bits, self._moved)
             if token is None:
                 if not levels:
                     levels.append(decode_levels(codes, self.bits, self.dim))
                 token = torch.bmm(flat, levels[0][:, :, :end])
                 # The levels are centred through the query: one pass less over the codes.
                 token.sub_(flat.sum(-1, keepdim=True) * top).mul_(scales[:, None, :end])
+                if self.centres is not None:
+                    self.centres.add_scores(token, flat)
             return token.view(rows, heads, queries, limit, self.group_size)
 
         return score
@@ -202,7 +224,7 @@ class LowBitSummary:
         turned = self._turned(scaled).view(scaled.shape)
         out = routed_steps(
             pages, codes, scales, turned.transpose(1, 2), query.transpose(1, 2), spans,
-            bits=self.bits, group_size=self.group_size, vote=vote, scale=scale,
+            bits=self.bits, group_size=self.group_size, vote=vote, scale=scale, centres=self._moved,
         )  # fmt: skip
         return None if out is None else out.transpose(1, 2)
 
@@ -224,16 +246,23 @@ class LowBitSummary:
         codes, scales = self._coded(int(spans[:, 2].max()))
         turned = self._turned(scaled).view(scaled.shape)[:, :, 0]
         return routed_groups(
-            codes, scales, turned, spans[0], bits=self.bits, group_size=self.group_size, vote=vote
-        )
+            codes, scales, turned, spans[0], bits=self.bits, group_size=self.group_size, vote=vote,
+            centres=self._moved,
+        )  # fmt: skip
 
     def tile_keys(self, groups: int, starts: Tensor | None, fused: bool) -> TileKeys:
         """Return what tiles are routed by (see `summaries.Summary`), rotated."""
         if fused:
-            return tile_keys(self.codes, self.scales, groups, self.group_size, self.bits, self.dim, starts)
+            return tile_keys(
+                self.codes, self.scales, groups, self.group_size, self.bits, self.dim, starts, self._moved
+            )
         tokens = groups * self.group_size
         codes, scales = self.codes[:, :, :tokens], self.scales[:, :tokens]
         keys = decode_keys(codes, scales, self.bits, self.dim)
+        moved = None
+        if self.centres is not None:
+            keys += self.centres.of_tokens(0, tokens)
+            moved = exact(self.centres.values.float())
         from_start = torch.arange(max(tokens, SINGLES), device=keys.device).expand(len(keys), -1)
         if starts is not None:
             from_start = from_start + starts[:, None]
@@ -242,7 +271,8 @@ class LowBitSummary:
         rest = rest[:, : rest.shape[1] // BLOCK * BLOCK]
         parts = (to_eight_bits(shifted[:, :SINGLES]), average(rest, BLOCK))
         anchors = Coarse(torch.cat([p.values for p in parts], 1), torch.cat([p.steps for p in parts], 1))
-        return TileKeys(average(keys, self.group_size), anchors, codes, scales, self.bits, self.dim)
+        means = average(keys, self.group_size)
+        return TileKeys(means, anchors, codes, scales, self.bits, self.dim, centres=moved)
 
     def turned(self, query: Tensor) -> Tensor:
         """Rotate queries ``[..., dim]`` as the keys are."""
@@ -255,14 +285,23 @@ class LowBitSummary:
         self.centre = self.centre[rows]
         if self._turned_centre is not None:
             self._turned_centre = self._turned_centre[rows]
+        if self.centres is not None:
+            self.centres.select_rows(rows)
 
     def bytes_per_token(self) -> float:
-        """Return the bytes of one token's codes and scale."""
-        return float(self.codes.shape[1] + self.scales.element_size())
+        """Return the bytes of one token's codes and scale, and of its share of a centre that moves."""
+        moved = 0.0 if self.centres is None else self.centres.bytes_per_token()
+        return self.codes.shape[1] + self.scales.element_size() + moved
 
     def nbytes(self) -> int:
         """Return the bytes allocated."""
-        return self.codes.nbytes + self.scales.nbytes + self.centre.nbytes
+        moved = 0 if self.centres is None else self.centres.nbytes()
+        return self.codes.nbytes + self.scales.nbytes + self.centre.nbytes + moved
+
+    @property
+    def _moved(self) -> Tensor | None:
+        """Centres ``[rows, >= blocks, dim]`` that move; None: there are none."""
+        return None if self.centres is None else self.centres.values
 
     def _coded(self, groups: int) -> tuple[Tensor, Tensor]:
         """Codes ``[rows, bytes, tokens]`` and float32 scales ``[rows, tokens]`` of the first groups."""

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
+from hga_compile.kernels.centres import BlockCentres
 from hga_compile.kernels.coarse import TileKeys, exact
 from hga_compile.kernels.dispatch import triton_serves
 from hga_compile.kernels.gpu import store_means
@@ -41,6 +42,7 @@ class MeanSummary:
         self.kernels = kernels
         self.group_size = group_size
         self.groups = 0
+        self.centres: BlockCentres | None = None
         self.means = torch.empty(rows, 0, dim, dtype=dtype, device=device)
 
     @property

@@ -16,6 +16,8 @@ import torch
 from platformdirs import user_cache_dir
 from torch import Tensor
 
+from hga_compile.kernels.centres import BLOCK_TOKENS
+
 __all__ = [
     "Span",
     "attend_pages",
@@ -60,7 +62,9 @@ def available() -> bool:
     return _library() is not None
 
 
-def scan_scores(codes: Tensor, scales: Tensor, query: Tensor, bits: int) -> Tensor | None:
+def scan_scores(
+    codes: Tensor, scales: Tensor, query: Tensor, bits: int, centres: Tensor | None = None
+) -> Tensor | None:
     """Score low-bit keys.
 
     Parameters
@@ -73,6 +77,9 @@ def scan_scores(codes: Tensor, scales: Tensor, query: Tensor, bits: int) -> Tens
         ``[rows, heads, dim]`` float32, rotated.
     bits : int
         1, 2, 4 or 8.
+    centres : Tensor or None
+        ``[rows, >= blocks, dim]`` bfloat16: what the keys of each block are coded about (see `centres`);
+        None: all are coded about one centre.
 
     Returns
     -------
@@ -86,8 +93,8 @@ def scan_scores(codes: Tensor, scales: Tensor, query: Tensor, bits: int) -> Tens
     query, scales = query.contiguous(), scales.contiguous()
     scores = torch.empty(rows, heads, tokens, device="cpu", dtype=torch.float32)
     broken = library.hga_scores(
-        codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(), query.data_ptr(),
-        scores.data_ptr(), rows, heads, dim, bits, tokens,
+        codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(), *_moved(centres, tokens),
+        query.data_ptr(), scores.data_ptr(), rows, heads, dim, bits, tokens,
     )  # fmt: skip
     return None if broken else scores
 
@@ -143,6 +150,7 @@ def routed_steps(
     group_size: int,
     vote: str,
     scale: float,
+    centres: Tensor | None = None,
 ) -> Tensor | None:
     """Route queries by low-bit keys and attend, each on its own: `scan_scores`, votes, `attend_pages`.
 
@@ -162,6 +170,8 @@ def routed_steps(
         Settings of the layer.
     scale : float
         Softmax scale.
+    centres : Tensor or None
+        As `scan_scores` takes them.
 
     Returns
     -------
@@ -179,8 +189,9 @@ def routed_steps(
     threads = torch.get_num_threads() if queries > 1 else 1
     broken = library.hga_steps(
         pages.data_ptr(), codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(),
-        scales.stride(0), turned.data_ptr(), query.data_ptr(), out.data_ptr(), spans.data_ptr(), rows,
-        queries, heads, dim, v_dim, group_size, bits, vote == "mass_max", scale, threads,
+        scales.stride(0), *_moved(centres, int(spans[:, 2].max()) * group_size), turned.data_ptr(),
+        query.data_ptr(), out.data_ptr(), spans.data_ptr(), rows, queries, heads, dim, v_dim, group_size,
+        bits, vote == "mass_max", scale, threads,
     )  # fmt: skip
     return None if broken else out
 
@@ -194,12 +205,13 @@ def routed_groups(
     bits: int,
     group_size: int,
     vote: str,
+    centres: Tensor | None = None,
 ) -> Tensor | None:
     """List the groups that `routed_steps` attends to from one query a row.
 
     Parameters
     ----------
-    codes, scales, bits, group_size, vote
+    codes, scales, bits, group_size, vote, centres
         As `routed_steps` takes them.
     turned : Tensor
         ``[rows, heads, dim]`` float32: the query scaled and rotated as the keys are.
@@ -223,10 +235,20 @@ def routed_groups(
     groups = torch.empty(rows, width, device="cpu", dtype=torch.int64)
     broken = library.hga_routes(
         codes.data_ptr(), codes.stride(0), codes.stride(1), scales.data_ptr(), scales.stride(0),
-        turned.data_ptr(), span.data_ptr(), groups.data_ptr(), rows, width, heads, dim, group_size, bits,
-        vote == "mass_max",
+        *_moved(centres, plan.window * group_size), turned.data_ptr(), span.data_ptr(), groups.data_ptr(),
+        rows, width, heads, dim, group_size, bits, vote == "mass_max",
     )  # fmt: skip
     return None if broken else groups
+
+
+def _moved(centres: Tensor | None, tokens: int) -> tuple[int | None, int]:
+    """Return where centres lie that move, and how far apart their rows do; None where there are none."""
+    if centres is None:
+        return None, 0
+    # Nothing is read past what is there.
+    assert centres.is_contiguous() and centres.dtype == torch.bfloat16
+    assert centres.shape[1] * BLOCK_TOKENS >= tokens
+    return centres.data_ptr(), centres.stride(0)
 
 
 @cache
@@ -239,12 +261,13 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     real = ctypes.c_float
-    library.hga_scores.argtypes = [pointer, long, long, *[pointer] * 3, long, *[short] * 3, long]
+    scores: list[Any] = [pointer, long, long, *[pointer] * 2, long, *[pointer] * 2]
+    library.hga_scores.argtypes = [*scores, long, *[short] * 3, long]
     library.hga_attend.argtypes = [*[pointer] * 4, long, *[short] * 4, long, long, real]
     library.hga_attend.restype = None
-    tensors: list[Any] = [*[pointer] * 2, *[long] * 2, pointer, long, *[pointer] * 4]
+    tensors: list[Any] = [*[pointer] * 2, *[long] * 2, pointer, long, pointer, long, *[pointer] * 4]
     library.hga_steps.argtypes = [*tensors, *[long] * 2, *[short] * 6, real, short]
-    scan: list[Any] = [pointer, *[long] * 2, pointer, long, *[pointer] * 3]
+    scan: list[Any] = [pointer, *[long] * 2, pointer, long, pointer, long, *[pointer] * 3]
     library.hga_routes.argtypes = [*scan, *[long] * 2, *[short] * 5]
     return library
 

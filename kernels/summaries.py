@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hga_compile.configs.profile import Kernels
 from hga_compile.configs.routing import Routing
+from hga_compile.kernels.centres import BlockCentres
 from hga_compile.kernels.coarse import TileKeys
 
 __all__ = ["Scorer", "Summary", "make_summary", "register_summary"]
@@ -25,6 +26,8 @@ class Summary(Protocol):
 
     groups: int
     """Complete groups summarised so far."""
+    centres: BlockCentres | None
+    """Centres of blocks, which must be known before keys are summarised; None: it needs none."""
 
     def append(self, keys: Tensor) -> None:
         """Summarise ``[rows, tokens, dim]`` keys that follow on; `tokens` is a multiple of the group size."""

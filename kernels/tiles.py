@@ -189,7 +189,7 @@ def shared_groups(
         levels = levels_of(decode_levels(keys.codes[:, :, :tokens], keys.bits, dim), keys.bits)
         levels = levels.transpose(1, 2).unflatten(1, (groups, -1))
         scales = keys.scales[:, :tokens].float().unflatten(1, (groups, -1))
-        votes = votes_by_tokens(asked, levels, scales, bases, vote)
+        votes = votes_by_tokens(asked, levels, scales, bases, vote, keys.centres)
     marks = marks.expand(rows, -1).clone()
     marks[:, :groups] |= best_of(votes, candidate, own(plan.chosen))
     return marks

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.centres import BLOCK_TOKENS
 from hga_compile.kernels.coarse import BLOCK, LARGEST, SINGLES, Coarse, TileKeys
 from hga_compile.kernels.rotation import half_rotation
 
@@ -23,7 +24,14 @@ def _carrier(device: torch.device) -> torch.dtype:
 
 
 def coarse_codes(
-    codes: Tensor, scales: Tensor, groups: int, group_size: int, bits: int, dim: int, starts: Tensor | None
+    codes: Tensor,
+    scales: Tensor,
+    groups: int,
+    group_size: int,
+    bits: int,
+    dim: int,
+    starts: Tensor | None,
+    centres: Tensor | None = None,
 ) -> TileKeys:
     """Average low-bit keys over groups and over blocks (see `coarse.TileKeys`).
 
@@ -36,6 +44,9 @@ def coarse_codes(
         Groups wanted; tokens of a group; bits and channels of a key.
     starts : Tensor or None
         ``[rows]`` int64 on the GPU: first token that blocks are counted from; None: 0.
+    centres : Tensor or None
+        ``[rows, >= blocks, dim]`` bfloat16, contiguous: what the keys of each block are coded about (see
+        `centres`); None: all are coded about one centre.
     """
     rows, tokens = len(codes), groups * group_size
     means = _empty((rows, groups), dim, codes.device)
@@ -45,11 +56,17 @@ def coarse_codes(
         block = max(1, 64 // size)
         _average_codes[(triton.cdiv(count, block), rows)](
             codes, codes.stride(0), codes.stride(2), scales, scales.stride(0), starts if singles else None,
-            made.values, made.steps, count, tokens,
+            made.values, made.steps, count, tokens, centres, 0 if centres is None else centres.stride(0),
+            MOVED=BLOCK_TOKENS if centres is not None else 0,
             DIM=dim, PADDED=made.values.shape[-1], BITS=bits, SIZE=size, SINGLES=singles, BLOCK=block,
             LARGEST=LARGEST, num_warps=4,
         )  # fmt: skip
-    return TileKeys(means, anchors, codes, scales, bits, dim)
+    moved = None
+    if centres is not None:
+        wanted = triton.cdiv(tokens, BLOCK_TOKENS)
+        assert wanted <= centres.shape[1]  # made before codes are
+        moved = coarse_means(centres, wanted)
+    return TileKeys(means, anchors, codes, scales, bits, dim, centres=moved)
 
 
 def coarse_means(means: Tensor, groups: int) -> Coarse:
@@ -145,9 +162,9 @@ def _eight_bits(x):
 
 @triton.jit(do_not_specialize=["count", "tokens"])
 def _average_codes(
-    codes, code_row, code_token, scales, scale_row, starts, values, steps, count, tokens,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr, SINGLES: tl.constexpr,
-    BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+    codes, code_row, code_token, scales, scale_row, starts, values, steps, count, tokens, centres, centre_row,
+    MOVED: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr,
+    SINGLES: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Average runs of SIZE keys, after the first SINGLES ones, which stay as they are."""
     PER_BYTE: tl.constexpr = 8 // BITS
@@ -172,6 +189,9 @@ def _average_codes(
         level = (packed >> (channel % PER_BYTE * BITS)[None, :]) & (2**BITS - 1)
         scale = tl.load(scales + row * scale_row + token, mask=wanted, other=0.0).to(tl.float32)
         mean += tl.where(used, (level.to(tl.float32) - TOP) * scale[:, None], 0.0)
+        if MOVED:
+            at = centres + row * centre_row + (token // MOVED)[:, None] * DIM + channel[None, :]
+            mean += tl.load(at, mask=used, other=0.0).to(tl.float32)
     mean = mean / many.to(tl.float32)[:, None]
     broken = tl.sum(tl.where(tl.abs(mean) < float("inf"), 0, 1), 1) > 0
     peak = tl.max(tl.where(broken[:, None], 0.0, tl.abs(mean)), 1)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.centres import BLOCK_TOKENS
 from hga_compile.kernels.launch import Encode, launch_parameters, shape_of
 from hga_compile.kernels.rotation import rotation, signs
 
@@ -32,6 +33,7 @@ def encode(
     bits: int,
     step: float,
     turned: Tensor | None = None,
+    centres: Tensor | None = None,
 ) -> None:
     """Centre, rotate and round keys, and write their codes and scales.
 
@@ -54,6 +56,9 @@ def encode(
         Step between levels in standard deviations.
     turned : Tensor or None
         The centre rotated, ``[rows, dim]`` float32, contiguous; None: is rotated here, if many keys need it.
+    centres : Tensor or None
+        ``[rows, blocks, dim]`` bfloat16, contiguous: what rotated keys of each block are centred by then (see
+        `centres`), those of all these keys; None: by nothing.
     """
     rows, new, dim = keys.shape
     if keys.stride(2) != 1:
@@ -63,20 +68,32 @@ def encode(
     if end is None and new > _FEW and keys.element_size() == 2 and padded <= _HELD:
         if turned is None:
             turned = centre.float() @ rotation(dim, keys.device)
-        _encode_many(keys, turned, codes, scales, begin, bits, step)
+        _encode_many(keys, turned, codes, scales, begin, bits, step, centres)
         return
     launch = launch_parameters(Encode, keys.device, shape_of(new, rows, 0, dim))
     tokens = launch.tokens
     _encode[(triton.cdiv(new, tokens), rows)](
         keys, keys.stride(0), keys.stride(1), centre, rotation(dim, keys.device), codes, *codes.stride(),
-        scales, scales.stride(0), new, begin, end, step,
-        DIM=dim, PADDED=padded, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=tokens,
-        COLUMNS=min(padded, launch.columns), num_warps=launch.warps,
+        scales, scales.stride(0), new, begin, end, step, centres, _row_stride(centres),
+        MOVED=BLOCK_TOKENS if centres is not None else 0, DIM=dim, PADDED=padded, BITS=bits,
+        BYTES=triton.cdiv(dim, 8 // bits), TOKENS=tokens, COLUMNS=min(padded, launch.columns),
+        num_warps=launch.warps,
     )  # fmt: skip
 
 
+def _row_stride(centres: Tensor | None) -> int:
+    return 0 if centres is None else centres.stride(0)
+
+
 def _encode_many(
-    keys: Tensor, turned: Tensor, codes: Tensor, scales: Tensor, begin: int, bits: int, step: float
+    keys: Tensor,
+    turned: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    begin: int,
+    bits: int,
+    step: float,
+    centres: Tensor | None,
 ) -> None:
     """Encode many keys of 16 bits: rotated first, by signs alone, which is exact, and centred then."""
     rows, new, dim = keys.shape
@@ -88,9 +105,10 @@ def _encode_many(
     times = min(_TIMES, triton.next_power_of_2(triton.cdiv(tiles * rows, _PROGRAMS)))
     _encode_rows[(triton.cdiv(tiles, times), rows)](
         keys, keys.stride(0), keys.stride(1), turned, matrix, factors, codes, *codes.stride(), scales,
-        scales.stride(0), new, begin, step,
-        DIM=dim, INNER=inner, PIECES=pieces, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=_TOKENS,
-        TIMES=times, STAGES=_STAGES, num_warps=_WARPS, maxnreg=_REGISTERS if pieces == 2 else None,
+        scales.stride(0), new, begin, step, centres, _row_stride(centres),
+        MOVED=BLOCK_TOKENS if centres is not None else 0, ALIKE=begin % _TOKENS == 0, DIM=dim, INNER=inner,
+        PIECES=pieces, BITS=bits, BYTES=triton.cdiv(dim, 8 // bits), TOKENS=_TOKENS, TIMES=times,
+        STAGES=_STAGES, num_warps=_WARPS, maxnreg=_REGISTERS if pieces == 2 else None,
     )  # fmt: skip
 
 
@@ -109,9 +127,9 @@ def _columns(
 @triton.jit(do_not_specialize=["new", "begin"])
 def _encode_rows(
     keys, key_row, key_token, centre, matrix, factors, codes, code_row, code_byte, code_token, scales,
-    scale_row, new, begin, step,
-    DIM: tl.constexpr, INNER: tl.constexpr, PIECES: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
-    TOKENS: tl.constexpr, TIMES: tl.constexpr, STAGES: tl.constexpr,
+    scale_row, new, begin, step, centres, centre_row,
+    MOVED: tl.constexpr, ALIKE: tl.constexpr, DIM: tl.constexpr, INNER: tl.constexpr, PIECES: tl.constexpr,
+    BITS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr, TIMES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     WIDTH: tl.constexpr = INNER // PER_BYTE
@@ -151,6 +169,18 @@ def _encode_rows(
             second = tl.dot(tl.load(at + INNER), rotate)
             turned = tl.join(turned + second, turned - second)
         turned = tl.reshape(turned, [TOKENS, INNER, PIECES]) * factor - middle
+        if MOVED and ALIKE:
+            # All tokens of a tile are of one block.
+            number = tl.minimum(begin + (tl.program_id(0) * TIMES + time) * TOKENS, begin + new - 1) // MOVED
+            at_centre = centres + row * centre_row + number.to(tl.int64) * DIM + piece
+            moved = tl.load(at_centre, mask=piece < DIM, other=0.0).to(tl.float32) * SMALL
+            turned -= tl.reshape(moved, [1, INNER, PIECES])
+        elif MOVED:
+            number = (begin + tl.minimum(token, new - 1)) // MOVED
+            of_piece = tl.reshape(piece, [1, INNER, PIECES])
+            at_centre = centres + row * centre_row + tl.reshape(number, [TOKENS, 1, 1]).to(tl.int64) * DIM
+            moved = tl.load(at_centre + of_piece, mask=of_piece < DIM, other=0.0).to(tl.float32)
+            turned -= moved * SMALL
         square = tl.sum(tl.reshape(turned * turned, [TOKENS, SIZE]), 1)
         start = tl.sqrt(square) * (step * (LEVELS - 1) / DIM**0.5)
         slope = 1 / tl.where(start > 0, start, 1.0)
@@ -178,9 +208,9 @@ def _encode_rows(
 @triton.jit(do_not_specialize=["new", "begin"])
 def _encode(
     keys, key_row, key_token, centre, matrix, codes, code_row, code_byte, code_token, scales, scale_row, new,
-    begin, end, step,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    begin, end, step, centres, centre_row,
+    MOVED: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     TOP: tl.constexpr = (2**BITS - 1) / 2
@@ -196,8 +226,22 @@ def _encode(
     broken = tl.sum(tl.where(tl.abs(key) < float("inf"), 0, 1), 1) > 0
     middle = tl.load(centre + row * DIM + channel, mask=channel < DIM, other=0.0)
     key = tl.where(used, key - middle[None, :], 0.0)
-    # The rotation does not change the length.
-    start = tl.sqrt(tl.sum(key * key, 1) / DIM) * step
+    if MOVED:
+        block = (begin + token) // MOVED
+        at_centre = centres + row * centre_row + block[:, None].to(tl.int64) * DIM
+        length = tl.zeros([TOKENS], tl.float32)
+        for part in tl.static_range(PADDED // COLUMNS):
+            column = part * COLUMNS + tl.arange(0, COLUMNS)
+            inside = (channel[:, None] < DIM) & (column[None, :] < DIM)
+            rotate = tl.load(matrix + channel[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+            turned = tl.dot(key, rotate, input_precision="tf32x3")
+            wanted = (token[:, None] < new) & (column[None, :] < DIM)
+            turned -= tl.load(at_centre + column[None, :], mask=wanted, other=0.0).to(tl.float32)
+            length += tl.sum(turned * turned, 1)
+    else:
+        # The rotation does not change the length.
+        length = tl.sum(key * key, 1)
+    start = tl.sqrt(length / DIM) * step
     start = tl.where(start > 0, start, 1.0)
     products = tl.zeros([TOKENS], tl.float32)
     squares = tl.zeros([TOKENS], tl.float32)
@@ -207,6 +251,9 @@ def _encode(
         inside = (channel[:, None] < DIM) & (column[None, :] < DIM)
         rotate = tl.load(matrix + channel[:, None] * DIM + column[None, :], mask=inside, other=0.0)
         turned = tl.dot(key, rotate, input_precision="tf32x3")
+        if MOVED:
+            wanted = (token[:, None] < new) & (column[None, :] < DIM)
+            turned -= tl.load(at_centre + column[None, :], mask=wanted, other=0.0).to(tl.float32)
         index = tl.floor(turned / start[:, None] + 2**BITS / 2)
         index = tl.minimum(tl.maximum(index, 0.0), 2.0**BITS - 1)
         value = tl.where(column[None, :] < DIM, index - TOP, 0.0)

@@ -23,12 +23,13 @@ def route(
     scale: float,
     rows_of_span: int,
     parts: Tensor | None,
+    centres: Tensor | None = None,
 ) -> Tensor:
     """List the groups that each row attends to.
 
     Parameters
     ----------
-    codes, scales, parts
+    codes, scales, parts, centres
         Summaries of groups and of chunks, as `gpu.decode_step` takes them.
     query : Tensor
         ``[rows, heads, dim]``, contiguous.
@@ -55,7 +56,7 @@ def route(
             )
         return group_masses(
             codes, scales, turn(query, scale, routing.bits), spans.table, groups=groups,
-            group_size=routing.group_size, rows_of_span=rows_of_span, kept=kept,
+            group_size=routing.group_size, rows_of_span=rows_of_span, kept=kept, centres=centres,
         )  # fmt: skip
 
     level = spans.chunks

@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.centres import BLOCK_TOKENS
 from hga_compile.kernels.launch import Score, launch_parameters, shape_of
 from hga_compile.kernels.overlap import COMPILED, follow, overlap
 from hga_compile.kernels.triton_bins import BINS, empty_bins
+from hga_compile.kernels.triton_centres import centre_scores
 from hga_compile.kernels.triton_turn import Turned
 
 __all__ = ["Kept", "Masses", "group_masses"]
@@ -66,6 +68,7 @@ def group_masses(
     group_size: int,
     rows_of_span: int,
     kept: Kept | None = None,
+    centres: Tensor | None = None,
 ) -> Masses:
     """Score all groups before the window, or those of kept chunks.
 
@@ -87,6 +90,9 @@ def group_masses(
         Rows that a line of `spans` is for.
     kept : Kept or None
         Chunks whose groups are looked at; None: all groups.
+    centres : Tensor or None
+        ``[rows, >= blocks, dim]`` bfloat16: what the keys of each block are coded about (see `centres`);
+        None: all are coded about one centre.
     """
     rows, per_byte, _, heads, width = turned.halves.shape
     padded = max(32, triton.next_power_of_2(width))
@@ -98,16 +104,25 @@ def group_masses(
     masses = Masses(rows, heads, groups, tokens // group_size, codes.device, shares)
     # Codes of a program's first blocks, in lines of the cache.
     ahead = triton.next_power_of_2(triton.cdiv(min(4, shares) * tokens * codes.stride(2), 128))
+    moved, of_centres = 0, None
+    if centres is not None:
+        # All tokens of a block of groups are of one block of keys, or may be of several.
+        moved = 1 if kept is None and tokens <= BLOCK_TOKENS else 2
+        wanted = triton.cdiv(groups * group_size, BLOCK_TOKENS) if kept is None else centres.shape[1]
+        assert wanted <= centres.shape[1]  # made before codes are
+        of_centres = centre_scores(centres, turned, wanted)
     # So many programs of the largest block fit as of the smaller one.
     limit = 128 if launch.warps == 1 and padded == 32 and heads == 8 else None
     _score[(triton.cdiv(blocks, shares), rows)](
         codes, codes.stride(0), scales, scales.stride(0), turned.halves, turned.steps, spans, masses.mass,
         masses.sums, masses.peaks, masses.bins, groups, blocks, shares, rows_of_span,
-        None if kept is None else kept.chunks, 0 if kept is None else kept.chunks.shape[1],
+        None if kept is None else kept.chunks, 0 if kept is None else kept.chunks.shape[1], of_centres,
+        0 if of_centres is None else of_centres.stride(0),
         SPAN=spans.shape[1], HEADS=heads, BITS=8 // per_byte, BYTES=width, PADDED_BYTES=padded,
         STRIDE=codes.stride(2), GROUP=group_size, BLOCK=tokens // group_size, ASSEMBLY=COMPILED,
         CHUNK=0 if kept is None else kept.groups * group_size, LOOPED=shares > 1, STAGES=2, AHEAD=ahead,
-        WARPS=launch.warps, BINS=BINS, num_warps=launch.warps, maxnreg=limit, **overlap(codes.device),
+        WARPS=launch.warps, BINS=BINS, MOVED=moved, SPREAD=BLOCK_TOKENS, num_warps=launch.warps,
+        maxnreg=limit, **overlap(codes.device),
     )  # fmt: skip
     return masses
 
@@ -184,10 +199,11 @@ def _real(number, kept, CHUNK: tl.constexpr):
 
 @triton.jit
 def _scores(
-    block, codes, scales, kept, first, end, listed, planes, middle, step,
+    block, codes, scales, kept, of_centres, first, end, listed, planes, middle, step,
     HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, PADDED_BYTES: tl.constexpr,
     STRIDE: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-    ASSEMBLY: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, NEAR: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr, NEAR: tl.constexpr, MOVED: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Return scores of a block ``[HEADS, PARTS, RUN, WARPS, 8 / NEAR, NEAR]``; -inf where nothing is seen."""
     PARTS: tl.constexpr = TOKENS // (8 * WARPS * RUN)
@@ -216,6 +232,12 @@ def _scores(
     score = number.to(tl.float32) * step[:, None] + middle[:, None]
     size = tl.permute(tl.reshape(size, [PARTS, WARPS, 8 // NEAR, RUN, NEAR]), [0, 3, 1, 2, 4])
     score = score * tl.reshape(size, [TOKENS]).to(tl.float32)[None, :]
+    head = tl.arange(0, HEADS)
+    if MOVED == 1:
+        number = tl.minimum(block * TOKENS, count - 1) // SPREAD
+        score += tl.load(of_centres + number * HEADS + head)[:, None]
+    elif MOVED == 2:
+        score += tl.load(of_centres + (token // SPREAD)[None, :] * HEADS + head[:, None])
     score = tl.reshape(score, [HEADS, PARTS, RUN, WARPS, 8 // NEAR, NEAR])
     # Which groups are seen, each once for all of its tokens.
     part, warp = tl.arange(0, PARTS), tl.arange(0, WARPS)
@@ -240,10 +262,12 @@ def _groups(weight, HEADS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexp
 
 @triton.jit
 def _block(
-    block, best, whole, codes, scales, kept, first, end, groups, blocks, planes, middle, step, mass, peaks,
+    block, best, whole, codes, scales, kept, of_centres, first, end, groups, blocks, planes, middle, step,
+    mass, peaks,
     HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, PADDED_BYTES: tl.constexpr,
     STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    ASSEMBLY: tl.constexpr, WARPS: tl.constexpr, LOOPED: tl.constexpr, CAREFUL: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WARPS: tl.constexpr, LOOPED: tl.constexpr, MOVED: tl.constexpr,
+    SPREAD: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Write the masses of a block; return the greatest score and the sum of masses so far."""
     TOKENS: tl.constexpr = GROUP * BLOCK
@@ -252,8 +276,9 @@ def _block(
     NEAR: tl.constexpr = 2 if WHOLE else 1
     RUN: tl.constexpr = GROUP // 2 if WHOLE else 1
     score = _scores(
-        block, codes, scales, kept, first, end, groups, planes, middle, step,
-        HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, TOKENS, CHUNK, ASSEMBLY, WARPS, RUN, NEAR,
+        block, codes, scales, kept, of_centres, first, end, groups, planes, middle, step,
+        HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, TOKENS, CHUNK, ASSEMBLY, WARPS, RUN, NEAR, MOVED,
+        SPREAD,
     )  # fmt: skip
     if CAREFUL:
         broken = (score != score) | (score == float("inf"))
@@ -280,11 +305,12 @@ def _block(
 @triton.jit(do_not_specialize=["groups", "blocks", "shares", "rows_of_span", "entries"])
 def _score(
     codes, code_row, scales, scale_row, halves, steps, spans, mass, sums, peaks, bins, groups, blocks, shares,
-    rows_of_span, kept, entries,
+    rows_of_span, kept, entries, of_centres, centre_row,
     SPAN: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
     PADDED_BYTES: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     ASSEMBLY: tl.constexpr, CHUNK: tl.constexpr, LOOPED: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, WARPS: tl.constexpr, BINS: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, WARPS: tl.constexpr, BINS: tl.constexpr, MOVED: tl.constexpr, SPREAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // BITS
     TOKENS: tl.constexpr = GROUP * BLOCK
@@ -324,15 +350,17 @@ def _score(
     middle = middle.to(tl.float32) * step * (-TOP)
     best = tl.full([HEADS], float("-inf"), tl.float32)
     whole = tl.zeros([HEADS], tl.float32)
+    if MOVED:
+        of_centres += row * centre_row
     mass += row * groups * HEADS
     peaks += row * blocks * HEADS
     if ASSEMBLY:
         # Codes of the blocks that follow are on their way meanwhile.
         for share in tl.range(shares, num_stages=STAGES):
             best, whole = _block(
-                begin + share, best, whole, codes, scales, kept, first, end, groups, blocks, planes, middle,
-                step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK, CHUNK, ASSEMBLY,
-                WARPS, LOOPED, False,
+                begin + share, best, whole, codes, scales, kept, of_centres, first, end, groups, blocks,
+                planes, middle, step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK,
+                CHUNK, ASSEMBLY, WARPS, LOOPED, MOVED, SPREAD, False,
             )  # fmt: skip
     # A score that is not a number, or infinite, is seen in the sums: then all is done again, with care.
     broken = tl.max(((whole - whole != 0) | (best == float("inf"))).to(tl.int32), 0) > 0
@@ -342,9 +370,9 @@ def _score(
         share = 0
         while share < shares:
             best, whole = _block(
-                begin + share, best, whole, codes, scales, kept, first, end, groups, blocks, planes, middle,
-                step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK, CHUNK, ASSEMBLY,
-                WARPS, LOOPED, True,
+                begin + share, best, whole, codes, scales, kept, of_centres, first, end, groups, blocks,
+                planes, middle, step, mass, peaks, HEADS, BITS, BYTES, PADDED_BYTES, STRIDE, GROUP, BLOCK,
+                CHUNK, ASSEMBLY, WARPS, LOOPED, MOVED, SPREAD, True,
             )  # fmt: skip
             share += 1
     parts = tl.cdiv(blocks, shares)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.centres import BLOCK_TOKENS
 from hga_compile.kernels.coarse import Coarse
 from hga_compile.kernels.triton_select import Votes
 
@@ -27,6 +28,7 @@ def votes_by_tokens(
     dim: int,
     most: bool,
     rows_of_span: int,
+    centres: Coarse | None = None,
 ) -> Votes:
     """Let every query and head of each tile vote for candidates, each scored by its best token.
 
@@ -50,6 +52,9 @@ def votes_by_tokens(
         Whether the vote is the greatest mass rather than the sum.
     rows_of_span : int
         Rows that a line of `spans` is for.
+    centres : Coarse or None
+        ``[rows, >= blocks, padded]`` float16, from `triton_coarse.coarse_means`: what the keys of each block
+        are coded about (see `centres`); None: all are coded about one centre.
 
     Returns
     -------
@@ -63,6 +68,9 @@ def votes_by_tokens(
     _refine[(triton.cdiv(width, block), tiles, rows)](
         query.values, query.steps, codes, codes.stride(0), codes.stride(2), scales, scales.stride(0),
         candidates, spans, bases, votes, width, tiles, lines, rows_of_span,
+        None if centres is None else centres.values, None if centres is None else centres.steps,
+        0 if centres is None else centres.steps.shape[1],
+        MOVED=BLOCK_TOKENS if centres is not None else 0,
         SPAN=spans.shape[1], DIM=padded, BITS=bits, BYTES=used, GROUP=group_size, LINES=32, BLOCK=block,
         MOST=most, num_warps=4,
     )  # fmt: skip
@@ -86,13 +94,15 @@ def _unpacked(packed, BITS: tl.constexpr, DIM: tl.constexpr):
     return level.to(tl.float32) - (2**BITS - 1) / 2
 
 
-@triton.jit(do_not_specialize=["width", "tiles", "lines", "rows_of_span"])
+@triton.jit(do_not_specialize=["width", "tiles", "lines", "rows_of_span", "blocks"])
 def _refine(
     queries, query_steps, codes, code_row, code_token, scales, scale_row, candidates, spans, bases, votes,
-    width, tiles, lines, rows_of_span,
-    SPAN: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, GROUP: tl.constexpr,
-    LINES: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    width, tiles, lines, rows_of_span, centres, centre_steps, blocks,
+    MOVED: tl.constexpr, SPAN: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
+    GROUP: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
+    # A product has 16 rows at least: of fewer groups, that with the centre is done for each token.
+    ONCE: tl.constexpr = BLOCK >= 16
     tile = tiles - 1 - tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     place = tile * tl.num_programs(2) + row
@@ -114,6 +124,14 @@ def _refine(
         lost = (tl.abs(scale) < float("inf")) == 0
         scale = tl.where(lost, 0.0, scale)
         broken = tl.max(tl.reshape(lost.to(tl.int32), [GROUP, BLOCK]), 0)
+        if MOVED:
+            of_centre = token // MOVED
+            if ONCE:
+                named = tl.load(candidates + place * width + entry, mask=entry < count, other=0)
+                of_centre = named.to(tl.int64) * GROUP // MOVED
+            of_centre += row * blocks
+            centre = tl.load(centres + of_centre[:, None] * DIM + channel[None, :])
+            unit = tl.load(centre_steps + of_centre)
         number = tl.arange(0, LINES)
         masses = tl.zeros([BLOCK, LINES], tl.float32)
         for begin in tl.range(0, lines, LINES, num_stages=3):
@@ -122,7 +140,13 @@ def _refine(
             base = tl.load(bases + line)
             step = tl.where(base == float("inf"), 0.0, tl.load(query_steps + line))
             score = tl.dot(level, tl.trans(query)) * scale[:, None]
+            if MOVED:
+                moved = tl.dot(centre, tl.trans(query.to(tl.float16))) * unit[:, None]
+                if not ONCE:
+                    score += moved
             best = tl.max(tl.reshape(score, [GROUP, BLOCK, LINES]), 0)
+            if MOVED and ONCE:
+                best += moved
             mass = tl.exp2(best * step[None, :] - base[None, :])
             masses = tl.maximum(masses, mass) if MOST else masses + mass
         vote = tl.max(masses, 1) if MOST else tl.sum(masses, 1)

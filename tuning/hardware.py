@@ -16,7 +16,7 @@ from typing import Any
 
 from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
-from hga_compile.configs.routing import Routing
+from hga_compile.configs.routing import CENTRE_BLOCK, Routing
 
 __all__ = ["CALIBRATION", "Step", "calibration", "decode_ms", "dense_terms", "gather_terms", "prefill_ms"]
 __all__ += ["predict", "read_share", "step_terms", "step_us"]
@@ -70,6 +70,8 @@ class Step:
         routing = self.routing
         if routing.summary == "lowbit":
             token = -(-self.dim * routing.bits // 8) + 2.0
+            if routing.centre == "block":
+                token += 2.0 * self.dim / CENTRE_BLOCK
         else:
             token = 2.0 * self.dim / routing.group_size
         chunks = 0.0

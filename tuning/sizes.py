@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hga_compile.configs.profile import Offload
-from hga_compile.configs.routing import Routing
+from hga_compile.configs.routing import CENTRE_BLOCK, Routing
 
 __all__ = [
     "Filed",
@@ -36,7 +36,7 @@ def arrivals(context: int, step: int, decoded: int = 256) -> tuple[int, ...]:
     return (*range(step, prompt, step), *range(prompt, context + 1))
 
 
-def capacity(entries: Iterable[int], first: int = 0) -> int:
+def capacity(entries: Iterable[int], first: int = 0, least: int = 64) -> int:
     """Return what a growing buffer has room for (see `kernels.summaries.grown` and `store.pages.Pages`).
 
     Parameters
@@ -45,11 +45,13 @@ def capacity(entries: Iterable[int], first: int = 0) -> int:
         Entries that it had to hold, one time after the other.
     first : int
         Entries that it is made for at once; 0: as many as are there, and slack.
+    least : int
+        Slack at least.
     """
     have = 0
     for used in entries:
         if used > have:
-            slack = first if first and not have else have + have // 4 + 64
+            slack = first if first and not have else have + have // 4 + least
             have = max(used, slack)
     return have
 
@@ -111,8 +113,11 @@ def index_bytes(routing: Routing, tokens: Sequence[int], rows: int, heads: int, 
         return 0
     group, chunk = routing.group_size, routing.chunk_size
     if routing.summary == "lowbit":
-        packed = -(-dim * routing.bits // 8)
-        found = rows * (capacity(count - count % group for count in tokens) * (packed + 2) + dim * 4)
+        packed, coded = -(-dim * routing.bits // 8), [count - count % group for count in tokens]
+        found = rows * (capacity(coded) * (packed + 2) + dim * 4)
+        if routing.centre == "block":
+            blocks = capacity((1, *(-(-count // CENTRE_BLOCK) for count in coded)), first=1, least=4)
+            found += rows * blocks * dim * 2
     else:
         found = rows * capacity(count // group for count in tokens) * dim * 2
     chunks = [count // chunk for count in tokens if routing.uses_chunks(count)]

@@ -23,6 +23,13 @@ _WINDOWS = (0.04, 0.5)
 _SHORT = 8192
 # Shares of the mean budget that layers may get.
 _LEVELS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+# What differs from the default in settings that are tried first.
+_NEAR: tuple[Params, ...] = (
+    {"group_size": 2},
+    {"group_size": 1},
+    {"budget": 0.06},
+    {"group_size": 1, "centre": "block"},
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Space:
             "budget": trial.suggest_float("budget", *_FRACTIONS, log=True),
             "summary": trial.suggest_categorical("summary", ["lowbit", "mean"]),
             "bits": trial.suggest_categorical("bits", [1, 2, 4]),
+            "centre": trial.suggest_categorical("centre", ["first", "block"]),
             "group_size": trial.suggest_categorical("group_size", [1, 2, 4, 8, 16]),
             "chunk_stage": trial.suggest_categorical("chunk_stage", ["auto", "on"]),
             "chunk_parts": trial.suggest_categorical("chunk_parts", [1, 4]),
@@ -67,13 +75,13 @@ class Space:
     def starts(self) -> list[Params]:
         """Return what is tried first: the default and the paper's setting, in each tier, and near ones."""
         default = {
-            "budget": 0.03, "summary": "lowbit", "bits": 2, "group_size": 4, "chunk_stage": "auto",
-            "chunk_parts": 4, "window": 0.1, "vote": "mass_sum",
+            "budget": 0.03, "summary": "lowbit", "bits": 2, "centre": "first", "group_size": 4,
+            "chunk_stage": "auto", "chunk_parts": 4, "window": 0.1, "vote": "mass_sum",
         }  # fmt: skip
         paper = {**default, "summary": "mean", "group_size": 16, "chunk_stage": "on", "chunk_parts": 1}
         found = []
-        smaller = ({**default, "group_size": size} for size in (2, 1))
-        for start in (default, paper, *smaller, {**default, "budget": 0.06}):
+        others = ({**default, **change} for change in _NEAR)
+        for start in (default, paper, *others):
             for tier in self.tiers:
                 one = dict(start)
                 if len(self.tiers) > 1:
@@ -93,6 +101,7 @@ class Space:
             "routing.budget.fraction": f"{_FRACTIONS[0]:.1%} to {_FRACTIONS[1]:.0%}",
             "routing.summary": "lowbit, mean",
             "routing.bits": "1, 2, 4",
+            "routing.centre": "first, block (of lowbit summaries)",
             "routing.group_size": "1, 2, 4, 8, 16",
             "routing.chunk_stage": "auto, on",
             "routing.chunk_parts": "1, 4",
@@ -111,6 +120,8 @@ class Space:
             update={
                 "summary": params["summary"],
                 "bits": params["bits"],
+                # Means have no codes to centre.
+                "centre": params["centre"] if params["summary"] == "lowbit" else "first",
                 "group_size": params["group_size"],
                 "chunk_stage": params["chunk_stage"],
                 "chunk_parts": params["chunk_parts"],

@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from hga_compile.configs.routing import Routing
+from hga_compile.configs.routing import CENTRE_BLOCK, Routing
 from hga_compile.tuning.hardware import Step
 
 __all__ = ["measured_us", "present_is"]
@@ -52,6 +52,9 @@ def _on_gpu(step: Step, device: torch.device) -> float:
     for part in pages.split(4096):  # noise made on the CPU would take minutes
         part.copy_(torch.randn(part.shape, dtype=dtype, device=device))
     codes, scales = _summaries(step, device, dtype)
+    centres = None
+    if routing.centre == "block":
+        centres = torch.randn(rows, -(-step.tokens // CENTRE_BLOCK), dim, dtype=dtype, device=device)
     parts = None
     if routing.uses_chunks(step.tokens):
         shape = (rows, step.tokens // routing.chunk_size * routing.chunk_parts, dim)
@@ -62,7 +65,7 @@ def _on_gpu(step: Step, device: torch.device) -> float:
     def run() -> object:
         return gpu.decode_step(
             pages, codes, scales, query, spans, length=step.tokens, routing=routing, scale=dim**-0.5,
-            kv_heads=rows, parts=parts,
+            kv_heads=rows, parts=parts, centres=centres,
         )  # fmt: skip
 
     return graph_microseconds(run, calls=10, replays=20)

@@ -1,4 +1,4 @@
-"""A candidate: low-bit keys centred by the mean of the block before, which follows what RoPE turns."""
+"""Low-bit keys centred by the mean of the block before (`routing.centre: block`), which RoPE turns too."""
 
 from __future__ import annotations
 

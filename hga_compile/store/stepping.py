@@ -49,6 +49,13 @@ def prepare(layer: LayerStore, step: DeviceStep, site: SiteConfig) -> None:
     done = index.groups.groups * size
     if not layer.length - size < done <= layer.length:
         raise NotReplayed("an index that is not up to date")
+    centres = index.groups.centres
+    if centres is not None:
+        # Tokens of a group that is not complete may be of a block that none has been coded of.
+        first, last = centres.missing(layer.length)
+        if first < last:
+            centres.append(pages.read(first, last)[0], None)
+        centres.reserve(step.last)
     index.groups.reserve(pages.read(done, layer.length)[0], step.last)
 
 
@@ -99,6 +106,8 @@ def stepped(layer: LayerStore, length: int) -> None:
     assert layer.pages is not None and layer.index is not None and layer.index.groups is not None  # prepared
     layer.length = length
     layer.index.groups.groups = length // layer.pages.group_size
+    if layer.index.groups.centres is not None:
+        layer.index.groups.centres.know(length)
     _ = layer.pages.gpu_pages  # which kernels are at work on
 
 

@@ -132,6 +132,16 @@ def test_requests_that_differ_by_whole_chunks_are_routed_as_alone(routing, pair_
     assert_same(alone(pair, joined.split(), more), alone(pair, caches, more))
 
 
+def test_requests_that_differ_by_whole_blocks_have_the_centres_that_they_have_alone(pair_of):
+    profile = profile_of(TIGHT, chunk_size=16, centre="block")
+    pair, lengths = pair_of("llama", profile), (140, 268)
+    caches, steps = prefilled(pair.plain, profile, lengths), next_steps(2, 6)
+    got, expected = together(pair, joined := HGACache.join(caches), steps), alone(pair, caches, steps)
+    assert_same(got, expected)
+    more = next_steps(2, seed=4)
+    assert_same(alone(pair, joined.split(), more), alone(pair, caches, more))
+
+
 @pytest.mark.parametrize("tier", ["host", "gpu", "nvme"])
 def test_splitting_gives_the_bits_back_that_were_joined(tier):
     profile, model = profile_of(tier=tier), model_of("llama")

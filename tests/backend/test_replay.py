@@ -222,6 +222,35 @@ def test_steps_whose_routes_are_recorded_run_as_they_are(
     assert any("recorded routes" in reason for reason in hga_compile.report().fallbacks)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_replayed_steps_make_the_centres_of_blocks_that_begin(
+    model: Any, place: torch.device, recorder: Again, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(replay_module, "_ROOM", 16)
+    options = {"routing.centre": "block", "routing.group_size": size}
+    ids = torch.randint(0, 97, (1, 121), generator=torch.Generator().manual_seed(1)).to(place)
+    caches = [HGACache(model.config) for _ in range(2)]
+    want = generate(
+        compiled(model, **options, **{"compile.cuda_graph": False}), ids, 14, past_key_values=caches[0]
+    )
+    torch.compiler.reset()
+    hga_compile.reset_report()
+    # Replays begin before token 128, and are over after it.
+    assert torch.equal(generate(compiled(model, **options), ids, 14, past_key_values=caches[1]), want)
+    assert recorder.recorded == 1 and recorder.replays >= 8
+    assert hga_compile.report().fallbacks == {}
+    plain, replayed = (cache.layers[0].state.index.groups for cache in caches)
+    assert plain.centres.blocks == replayed.centres.blocks == 2
+    one, other = (summary.centres.values[:, :2].float() for summary in (plain, replayed))
+    assert bool(one[:, 1].abs().sum() > 0)
+    torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-6)
+    tokens = plain.groups * size
+    assert plain.groups == replayed.groups and tokens > 128
+    differing = plain.codes[:, :, :tokens] != replayed.codes[:, :, :tokens]
+    assert float(differing.float().mean()) < 0.01
+    torch.testing.assert_close(plain.scales[:, :tokens], replayed.scales[:, :tokens], rtol=0.02, atol=1e-3)
+
+
 def test_a_recording_that_fails_costs_no_token(
     model: Any, place: torch.device, recorder: Again, monkeypatch: pytest.MonkeyPatch
 ) -> None:

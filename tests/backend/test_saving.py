@@ -69,6 +69,21 @@ def test_a_loaded_cache_goes_on_with_the_same_bits(name, tiers, tmp_path, recomp
         assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
 
 
+def test_codes_about_centres_that_move_are_made_again(tmp_path):
+    profile = profile_of(centre="block")
+    pair = pair_of("llama", profile)
+    cache = HGACache(pair.plain.config, profile=profile)
+    run(pair.compiled, cache, [tokens(2, PROMPT)])
+    cache.save(tmp_path / "cache")
+    loaded = HGACache.load(tmp_path / "cache", pair.plain.config, profile=profile)
+    got, expected = steps(pair, loaded), steps(pair, cache)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    for each in (cache, loaded):
+        each.crop(-30)  # back into the first block
+    again = [run(pair.compiled, each, [tokens(2, 30, seed=5)])[0] for each in (cache, loaded)]
+    assert torch.equal(*again)
+
+
 @pytest.mark.slow
 def test_estimates_of_the_tail_go_on_too(tmp_path, recompile):
     profile = profile_of(tail="estimate", chunk_size=16)

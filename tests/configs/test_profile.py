@@ -99,6 +99,19 @@ def test_an_empty_budget_is_refused(model):
             {"overrides": [LayerOverride(layers=[0], sinks=300)], "budget": Budget(tokens=256)},
             "got 300 sinks",
         ),
+        (
+            {"summary": "mean", "centre": "block"},
+            "centre block needs summary lowbit, got summary mean, which has no codes to centre; expected "
+            "centre first or summary lowbit (routing.centre)",
+        ),
+        (
+            {"centre": "block", "overrides": [LayerOverride(layers=[0], summary="mean")]},
+            "centre block needs summary lowbit, got summary mean",
+        ),
+        (
+            {"summary": "mean", "overrides": [LayerOverride(layers=[0], centre="block")]},
+            "centre block needs summary lowbit, got summary mean",
+        ),
     ],
 )
 def test_contradictions_name_both_numbers_and_the_knob(fields, message):
@@ -116,6 +129,7 @@ def test_contradictions_name_both_numbers_and_the_knob(fields, message):
         lambda: Routing(bits=True),
         lambda: Routing(bits=2.0),
         lambda: Routing(bits=3),
+        lambda: Routing(centre="blocks"),
         lambda: Routing(dense_layers=[0.5]),
         lambda: Routing(unknown=1),
         lambda: Budget(fraction=math.nan),
@@ -212,6 +226,13 @@ def test_a_layer_of_two_overrides_is_checked_as_a_whole():
     )
     with pytest.raises(ValueError, match="got 300 sinks and a budget of 64 tokens"):
         routing.for_layer(0)
+
+
+def test_layers_may_have_centres_of_their_own():
+    means = LayerOverride(layers=[0], summary="mean", centre="first")
+    routing = Routing(centre="block", overrides=[means, LayerOverride(layers=[1], centre="first")])
+    assert [routing.for_layer(layer).centre for layer in range(3)] == ["first", "first", "block"]
+    assert Routing().centre == "first"
 
 
 def test_level_one_keeps_at_least_the_budget():

@@ -52,15 +52,22 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def low_bit_keys(key: np.ndarray, real: np.ndarray, routing: Routing) -> np.ndarray:
-    """Return what the codes of ``[tokens, dim]`` keys stand for, turned back, centre left out."""
+    """Return what the codes of ``[tokens, dim]`` keys stand for, turned back, the first centre left out."""
     usable = np.flatnonzero(real)[: routing.centre_tokens]
     usable = usable[np.isfinite(key[usable]).all(1)]
     centre = key[usable].mean(0) if len(usable) else np.zeros(key.shape[1])
     turn = hadamard(key.shape[1])
-    rotated = torch.from_numpy((key - centre) @ turn).float()
+    moved = np.zeros_like(key)
+    if routing.centre == "block":
+        for begin in range(128, len(key), 128):
+            block = slice(begin - 128, begin)
+            before = key[block][real[block] & np.isfinite(key[block]).all(1)]
+            if len(before):
+                moved[begin : begin + 128] = bfloat16((before.mean(0) - centre) @ turn)
+    rotated = torch.from_numpy((key - centre) @ turn - moved).float()
     codes, scales = encode_keys(rotated[None], routing.bits)
     decoded = decode_keys(codes, scales, routing.bits, key.shape[1])[0].double().numpy()
-    return decoded @ turn.T
+    return (decoded + moved) @ turn.T
 
 
 def vote(scores: np.ndarray, routing: Routing) -> np.ndarray:

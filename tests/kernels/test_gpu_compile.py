@@ -75,6 +75,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "chunks of means": {"summary": "mean", "chunk_stage": "on", "group_size": 16},
     "chunks of low-bit keys": {"chunk_stage": "on", "vote": "mass_max"},
     "a tail": {"tail": "estimate"},
+    "centres of blocks": {"centre": "block"},
+    "centres of blocks, chunks, single tokens": {"centre": "block", "chunk_stage": "on", "group_size": 1},
 }
 
 
@@ -96,13 +98,15 @@ def test_a_step(compiled, kind, shape):
     if routing.tail == "estimate":
         tail = TailSummary(routing.chunk_size, torch.zeros(rows, heads, dim), dim)
         tail.append(torch.zeros(rows, 7936, dim), torch.zeros(rows, 7936, dim))
+    centres = torch.empty(rows, 64, dim, dtype=torch.bfloat16) if routing.centre == "block" else None
     parts = torch.empty(rows, tokens // 16, dim, dtype=torch.bfloat16)
     scoring = Scoring() if tail else Scoring(5.0, torch.zeros(rows * heads))
     gpu.decode_step(
         pages, codes, scales, torch.empty(rows, heads, dim, dtype=dtype), spans, length=tokens,
-        routing=routing, scale=1.0, scoring=scoring, kv_heads=rows, parts=parts, tail=tail,
+        routing=routing, scale=1.0, scoring=scoring, kv_heads=rows, parts=parts, tail=tail, centres=centres,
     )  # fmt: skip
     assert {"_score", "_vote", "_attend", "_merge"} <= set(compiled)
+    assert ("_multiply" in compiled) == (centres is not None)
     # Few groups are chosen from by one program of a row.
     assert {"_whole"} <= set(compiled) or {"_keep", "_list"} <= set(compiled)
     assert ("_keep" in compiled) == (tokens // size > 1024 and routing.chunk_stage != "on")
@@ -121,6 +125,20 @@ def test_summarising_keys_and_moving_rows(compiled, new):
     assert compiled == ["_store", "_encode" if new == 1 else "_encode_rows", "_copy", "_copy"]
 
 
+@pytest.mark.parametrize("begin", [7, 128])
+@pytest.mark.parametrize("dim", [128, 80])
+@pytest.mark.parametrize("new", [1, 500])
+def test_coding_keys_about_centres_of_blocks(compiled, new, dim, begin):
+    keys = torch.empty(8, new, dim, dtype=torch.bfloat16)
+    codes = torch.empty(8, 9000, dim // 4, dtype=torch.uint8).transpose(1, 2)
+    rotation(dim, keys.device)
+    gpu.encode(
+        keys, torch.empty(8, dim), codes, torch.empty(8, 9000, dtype=torch.float16), begin, 2, 1.0, None,
+        torch.empty(8, 71, dim, dtype=torch.bfloat16),
+    )  # fmt: skip
+    assert compiled == ["_encode" if new == 1 else "_encode_rows"]
+
+
 def test_storing_at_a_position_that_the_gpu_knows(compiled):
     """As in a recorded decode step."""
     end = torch.tensor([700], dtype=torch.int32)
@@ -128,8 +146,10 @@ def test_storing_at_a_position_that_the_gpu_knows(compiled):
     codes = torch.empty(8, 9000, 32, dtype=torch.uint8).transpose(1, 2)
     rotation(128, keys.device)
     gpu.encode(keys, torch.empty(8, 128), codes, torch.empty(8, 9000, dtype=torch.float16), end, 2, 1.0)
-    gpu.store_rows(torch.empty(3000, 8, 4 * 256, dtype=torch.bfloat16), keys, keys, end, 4)
-    assert compiled == ["_encode", "_copy"]
+    pages, centres = torch.empty(3000, 8, 4 * 256, dtype=torch.bfloat16), torch.empty(8, 71, 128)
+    gpu.store_rows(pages, keys, keys, end, 4)
+    gpu.follow_centre(pages, centres.bfloat16(), torch.empty(8, 128), end, 4)
+    assert compiled == ["_encode", "_copy", "_follow"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
@@ -157,16 +177,22 @@ def test_pages_of_each_type_with_and_without_slots(compiled, dtype, cached):
 
 
 @pytest.mark.parametrize("shape", [(4, 128, torch.bfloat16), (2, 80, torch.float16)], ids=str)
-@pytest.mark.parametrize("tail", [False, True])
-def test_a_prefill_in_tiles(compiled, tail, shape):
+@pytest.mark.parametrize(("tail", "size", "moved"), [(0, 4, 0), (1, 4, 0), (0, 4, 1), (0, 1, 1), (0, 32, 1)])
+def test_a_prefill_in_tiles(compiled, tail, size, moved, shape):
     heads, dim, dtype = shape
     tokens, rows = 4096, 8
-    routing = Routing(dense_below=0, tail="estimate" if tail else "drop")
+    routing = Routing(
+        dense_below=0,
+        tail="estimate" if tail else "drop",
+        group_size=size,
+        centre="block" if moved else "first",
+    )
     tiles = plan_tiles(routing, 2048, 2048, None, 64)
     known = tiles.plan.last_window
     codes = torch.empty(rows, tokens, dim // 4, dtype=torch.uint8).transpose(1, 2)
     keys = gpu_tiles.tile_keys(
-        codes, torch.empty(rows, tokens, dtype=torch.float16), known, 4, 2, dim, None
+        codes, torch.empty(rows, tokens, dtype=torch.float16), known, size, 2, dim, None,
+        torch.empty(rows, 32, dim, dtype=torch.bfloat16) if moved else None,
     )  # fmt: skip
     rest = None
     if tail:

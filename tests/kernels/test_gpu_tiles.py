@@ -94,6 +94,7 @@ def check(
     chunk: int | None = None,
     parts: int = 1,
     chunk_tokens: int = 64,
+    centre: str = "first",
 ) -> None:
     """Run a prefill; each tile is routed to groups that no other beats, what it attends to is exact."""
     scoring, rows, scale = scoring or Scoring(), batch * kv_heads, dim**-0.5
@@ -101,9 +102,12 @@ def check(
         group_size=size, bits=bits, vote=vote, budget=Budget(tokens=8), window=Window(tokens=6),
         prefill_budget=Budget(fraction=fraction, tokens=24), dense_below=dense_below, centre_tokens=8,
         chunk_stage="on" if chunk else "off", chunk_size=chunk or 64, chunk_parts=parts,
-        chunk_budget=Budget(tokens=chunk_tokens),
+        chunk_budget=Budget(tokens=chunk_tokens), centre=centre,
     )  # fmt: skip
     key, value = (spread(torch.randn(rows, tokens, part, device=place).to(dtype)) for part in (dim, v_dim))
+    if centre == "block":
+        drift = torch.linspace(0, 4, tokens, device=place)[:, None] * torch.randn(rows, 1, dim, device=place)
+        key = (key + drift).to(dtype)
     query = spread(2 * torch.randn(batch, kv_heads, heads, tokens - first, dim, device=place)).to(dtype)
     starts = None if pads is None else torch.tensor(pads)[:, None]
     mask = None if starts is None else torch.arange(tokens) >= starts
@@ -111,8 +115,12 @@ def check(
     known, turn = tiles.plan.last_window, summary == "lowbit"
     rotate = rotation(dim, place) if turn else torch.eye(dim, device=place)
     if turn:
-        codes, scales = encode_keys(key.float() @ rotate, bits)
         here = LowBitSummary(setting, torch.zeros(rows, dim, device=place))
+        centres, moved = here.centres, torch.zeros(1, device=place)
+        if centres is not None:
+            centres.append(key[:, slice(*centres.missing(tokens))], None)
+            moved = centres.of_tokens(0, tokens)
+        codes, scales = encode_keys(key.float() @ rotate - moved, bits)
         here._bytes_last, here.groups = False, known
         here._codes, here.scales = codes, scales
         wide = torch.full((rows, tokens + 3, codes.shape[1]), 255, dtype=torch.uint8, device=place)
@@ -122,7 +130,10 @@ def check(
             begun = (starts[:, 0] // size * size).clamp(max=known * size - size).repeat_interleave(kv_heads)
             begun = begun.to(place)
         reference = here.tile_keys(known, begun, False)
-        made = gpu_tiles.tile_keys(wide.transpose(1, 2), scales, known, size, bits, dim, begun)
+        made = gpu_tiles.tile_keys(
+            wide.transpose(1, 2), scales, known, size, bits, dim, begun,
+            None if centres is None else centres.values,
+        )  # fmt: skip
     else:
         means = key.float()[:, : known * size].unflatten(1, (-1, size)).mean(2).to(torch.float16)
         there, here = gpu_tiles.coarse_means(means, known), coarse.exact(means.float())
@@ -225,6 +236,19 @@ def test_a_prefill_is_exact_attention_to_the_groups_with_the_most_votes(place, d
 @pytest.mark.parametrize(("bits", "vote"), [(1, "mass_sum"), (4, "mass_max"), (8, "mass_sum")])
 def test_every_width_of_codes_and_every_vote(place, bits, vote):
     check(place, bits=bits, vote=vote, tokens=150)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"size": 1}, {"size": 32}, {"bits": 4, "vote": "mass_max", "dim": 20}, {"chunk": 16, "parts": 2}],
+    ids=str,
+)
+def test_codes_about_centres_of_blocks(place, shape):
+    check(place, tokens=290, first=200, centre="block", fraction=0.3, **shape)
+
+
+def test_centres_of_rows_with_padding(place):
+    check(place, batch=3, pads=[0, 75, 140], tokens=290, first=200, centre="block")
 
 
 @pytest.mark.parametrize("summary", ["lowbit", "mean"])

@@ -57,8 +57,12 @@ def naive_set(setting: Routing, given, tile: int, row: tuple[int, int]) -> set[i
         return {*range(sinks), *best, *range(window, last // group + 1)}
     rotate = rotation(keys.shape[1], keys.device).double()
     centred = (keys - keys[: setting.centre_tokens].mean(0)) @ rotate
-    codes, scales = encode_keys(centred[None].float(), setting.bits)
-    low = decode_keys(codes, scales, setting.bits, keys.shape[1])[0]
+    moved = torch.zeros_like(centred)
+    if setting.centre == "block":
+        for begin in range(128, len(keys), 128):
+            moved[begin : begin + 128] = centred[begin - 128 : begin].mean(0).bfloat16()
+    codes, scales = encode_keys((centred - moved)[None].float(), setting.bits)
+    low = decode_keys(codes, scales, setting.bits, keys.shape[1])[0] + moved.float()
     ends = [t for t in range(1, 17) if t <= window * group]
     ends += [t for t in range(48, window * group + 1, 32)]
     anchors = [(t - 1 if t <= 16 else t - 32, t) for t in ends]
@@ -120,11 +124,13 @@ CHUNKED = {"chunk_stage": "on", "chunk_budget": Budget(tokens=48)}
         {"summary": "mean", **CHUNKED},
         {"summary": "mean", **CHUNKED, "vote": "mass_max", "chunk_parts": 1},
         {"summary": "mean", **CHUNKED, "chunk_stage": "auto"},
+        {"centre": "block"},
     ],
 )
 def test_a_tile_attends_to_the_groups_with_the_most_votes_of_all_its_queries(changes):
     setting = SHARED.model_copy(update=changes)
-    given = inputs(tokens=130, batch=2, heads=3)
+    # Some tokens of a second block, where centres move.
+    given = inputs(tokens=170 if setting.centre == "block" else 130, batch=2, heads=3)
     with LEDGER.recording() as records:
         out = run_whole(setting, given)
     groups = recorded_groups(records, given, setting.group_size)

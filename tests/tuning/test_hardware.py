@@ -143,5 +143,9 @@ def test_the_bytes_read_are_those_of_routed_tokens_and_summaries():
     card, default = model_card("smollm2-135m"), load_profile("default")
     # 64 channels of K and of V; 2 bits a channel and a scale of 16 bits.
     assert read_share(card, default, 8192, item=4) == pytest.approx(256 / 8192 + (16 + 2) / (2 * 64 * 4))
+    moving = resolve_profile({"profile": "default", "routing.centre": "block"})
+    # A centre of 64 channels in 16 bits for 128 tokens.
+    expected = 256 / 8192 + (16 + 2 + 1) / (2 * 64 * 4)
+    assert read_share(card, moving, 8192, item=4) == pytest.approx(expected)
     half = resolve_profile({"profile": "default", "routing.dense_layers": list(range(15))})
     assert read_share(card, half, 8192) == pytest.approx((1 + read_share(card, default, 8192)) / 2)

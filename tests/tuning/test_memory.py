@@ -36,8 +36,10 @@ RECORDED = Path(__file__).parents[2] / "benchmarks/results/gpu_memory.json"
         Routing(chunk_stage="on"),
         Routing(tail="estimate"),
         Routing(prefill="dense"),
+        Routing(centre="block"),
+        Routing(centre="block", group_size=1, prefill="dense"),
     ],
-    ids=["default", "wide", "late-centre", "paper", "chunks", "tail", "dense-prefill"],
+    ids=["default", "wide", "late-centre", "paper", "chunks", "tail", "dense-prefill", "blocks", "tokens"],
 )
 def test_a_layers_index_and_pages_are_as_large_as_computed(routing, context, step):
     store, counts = LayerStore("host"), arrivals(context, step, decoded=5)

@@ -39,6 +39,14 @@ def test_every_draw_is_a_valid_profile_that_this_version_runs(sensitivities, see
     assert Profile.model_validate_json(profile.model_dump_json()) == profile
 
 
+def test_means_have_no_centres_to_choose():
+    space = Space(BASE, ("host",))
+    params = {**space.starts()[0], "centre": "block"}
+    assert space.profile(params, "x").routing.centre == "block"
+    assert space.profile({**params, "summary": "mean"}, "x").routing.centre == "first"
+    assert {"group_size": 1, "centre": "block"}.items() <= space.starts()[-1].items()
+
+
 def test_sensitive_layers_get_more_and_the_mean_stays():
     space = Space(BASE, ("host",), sensitivities=SENSITIVE, layers=30)
     routing = space.profile({**space.starts()[0], "skew": 0.4}, "x").routing
