@@ -20,7 +20,7 @@ from hga_compile.made_for import check_made_for
 from hga_compile.passes.decision import Decision, Reason
 from hga_compile.passes.flatten import flatten, inputs_of, leaves_of
 from hga_compile.passes.pipeline import StrictError, rewrite_graph
-from hga_compile.passes.replayable import StepForm, step_form
+from hga_compile.passes.replayable import StepForm, lengths_on_device, step_form
 from hga_compile.reporting import note_graph
 from hga_compile.tracing import model_layers, traced_config, traced_layer
 
@@ -90,25 +90,25 @@ def hga(
     _warn_static(rewritten.decisions)
     leaves = leaves_of(inputs_of(graph))
     opens = any(node.target is torch.ops.hga.open.default for node in rewritten.graph.graph.nodes)
-    if not any(path for _, path in leaves):
-        call = _inner(rewritten.graph, example_inputs, profile, mode)
-        call = _replaying(call, rewritten.graph, profile, mode, _device_of(example_inputs))
-        return _clearing(call) if opens else call
-    flat = flatten(example_inputs, leaves)
+    nested = any(path for _, path in leaves)
+    flat = flatten(example_inputs, leaves) if nested else example_inputs
+    recorded = _may_record(profile, mode, _device_of(flat))
+    if recorded:
+        lengths_on_device(rewritten.graph)
     call = _inner(rewritten.graph, flat, profile, mode)
     call = _clearing(call) if opens else call
-    call = _replaying(call, rewritten.graph, profile, mode, _device_of(flat))
-    return lambda *inputs: call(*flatten(inputs, leaves))
+    call = _replaying(call, rewritten.graph) if recorded else call
+    return (lambda *inputs: call(*flatten(inputs, leaves))) if nested else call
 
 
-def _replaying(
-    call: Callable[..., Any], graph: GraphModule, profile: Profile, mode: str | None, device: torch.device
-) -> Callable[..., Any]:
-    """Have steps of a decode graph recorded and replayed, where the profile asks for it."""
-    if not profile.compile.cuda_graph or not replay.RECORDER.serves(device):
-        return call
-    if profile.compile.inner == "inductor" and mode in _GRAPH_MODES:
-        return call
+def _may_record(profile: Profile, mode: str | None, device: torch.device) -> bool:
+    """Whether steps of decode graphs are to be recorded and replayed."""
+    own = profile.compile.inner == "inductor" and mode in _GRAPH_MODES
+    return profile.compile.cuda_graph and not own and replay.RECORDER.serves(device)
+
+
+def _replaying(call: Callable[..., Any], graph: GraphModule) -> Callable[..., Any]:
+    """Have steps of a decode graph recorded and replayed."""
     form = step_form(graph)
     if isinstance(form, str):
         LEDGER.count_fallback(f"decode steps are not one CUDA graph: {form}")

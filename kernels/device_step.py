@@ -87,6 +87,10 @@ class DeviceStep:
             raise IndexError(f"position {position} is not of the stretch {self.first} to {self.last - 1}")
         self._line.fill_(position - self.first)
 
+    def number(self, ahead: int) -> Tensor:
+        """Return the position and `ahead`, ``[]`` int64, added up on the GPU."""
+        return (self._line + (self.first + ahead))[0]
+
     def begin(self) -> None:
         """Forget the lines that layers of an earlier run shared."""
         self._spans.clear()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hga_compile.configs.profile import Kernels
+from hga_compile.kernels.device_step import current_step
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.registration import register_op
 from hga_compile.kernels.routed import routed_attention
@@ -16,7 +17,8 @@ from hga_compile.kernels.scoring import Scoring
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.kernels.states import STATES
 
-__all__ = ["append", "attention", "cached_attention", "open_state", "read_state", "window_attention"]
+__all__ = ["append", "attention", "cached_attention", "number_on", "open_state", "read_state"]
+__all__ += ["window_attention"]
 
 
 def _open_fake(key: Tensor, value: Tensor, handle: Tensor, *, kernels: str = "auto") -> None:
@@ -313,3 +315,31 @@ class _Whole:
             self.key.gather(1, token.expand(-1, -1, self.key.shape[2])),
             self.value.gather(1, token.expand(-1, -1, self.value.shape[2])),
         )
+
+
+def _number_fake(number: int, ahead: int, like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.int64)
+
+
+@register_op("number_on(SymInt number, int ahead, Tensor like) -> Tensor", _number_fake)
+def number_on(number: int, ahead: int, like: Tensor) -> Tensor:
+    """Return a number that grows with the sequence as a tensor, which a recorded step has on the GPU.
+
+    Parameters
+    ----------
+    number : int
+        The number.
+    ahead : int
+        By how much it is ahead of the position of the step's token.
+    like : Tensor
+        Any, on the device where it is wanted.
+
+    Returns
+    -------
+    Tensor
+        ``[]`` int64.
+    """
+    step = current_step()
+    if step is None:
+        return torch.full((), number, dtype=torch.int64, device=like.device)
+    return step.number(ahead)

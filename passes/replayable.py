@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from hga_compile.kernels.site import SiteConfig
 
-__all__ = ["Affine", "StepForm", "StepSite", "step_form"]
+__all__ = ["Affine", "StepForm", "StepSite", "lengths_on_device", "step_form"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,46 @@ class StepForm:
     """Whether the graph returns one value rather than several."""
 
 
+def lengths_on_device(graph: GraphModule) -> None:
+    """Have what adds a length to a tensor in a decode graph add one that `kernels.ops.number_on` gives.
+
+    A model that is given no positions counts them so. Nothing else changes.
+
+    Parameters
+    ----------
+    graph : GraphModule
+        From `pipeline.rewrite_graph`; changed.
+    """
+    numbers: dict[Any, Affine] = {}
+    for i, node in enumerate(_placeholders(graph)):
+        if isinstance(_value(node), torch.SymInt):
+            numbers[node] = Affine(i, 0)
+    for node in graph.graph.nodes:
+        used = [source for source in node.all_input_nodes if source in numbers]
+        if node.op == "call_function" and used and (added := _added(node, used)) is not None:
+            numbers[node] = Affine(numbers[used[0]].source, numbers[used[0]].offset + added)
+    sites = [node for node in graph.graph.nodes if node.target is torch.ops.hga.cached_attention.default]
+    lengths = {numbers.get(node.args[4]) for node in sites}
+    length = lengths.pop() if len(lengths) == 1 else None
+    if length is None or any(node.args[0].meta["val"].shape[2] != 1 for node in sites):
+        return
+    for node in list(graph.graph.nodes):
+        if node.target is not torch.ops.aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+            continue
+        tensor, added = node.args
+        number = numbers.get(added)
+        whole = isinstance(_value(tensor), Tensor) and _value(tensor).dtype == torch.int64
+        if number is None or number.source != length.source or not whole or _grows(_value(tensor)):
+            continue
+        with graph.graph.inserting_before(node):
+            # The position of the step's token is one less than the length with it.
+            given = (added, number.offset - length.offset + 1, tensor)
+            new = graph.graph.call_function(torch.ops.hga.number_on.default, given)
+        new.meta["val"] = _value(tensor).new_empty((), dtype=torch.int64)
+        node.args = (tensor, new)
+    graph.recompile()
+
+
 def step_form(graph: GraphModule) -> StepForm | str | None:
     """Look through a rewritten graph.
 
@@ -71,7 +111,8 @@ def step_form(graph: GraphModule) -> StepForm | str | None:
         return None
     if all(isinstance(node.args[4], int) for node in sites):
         return None  # a graph of one length
-    others = {target for target in targets if getattr(target, "namespace", "") == "hga"} - {cached}
+    known = {cached, torch.ops.hga.number_on.default}
+    others = {target for target in targets if getattr(target, "namespace", "") == "hga"} - known
     if others:
         return f"a layer that runs {', '.join(sorted(str(target) for target in others))}"
     masks = _mask_nodes(graph)
@@ -150,6 +191,8 @@ def _numbers(graph: GraphModule, masks: set[Node]) -> dict[Any, Affine] | str:
         if node.target is cached:
             if any(source is not node.args[4] for source in used):
                 return "a number that attention reads"
+        elif node.target is torch.ops.hga.number_on.default:
+            continue
         elif used and (added := _added(node, used)) is not None:
             former = numbers[used[0]]
             numbers[node] = Affine(former.source, former.offset + added)

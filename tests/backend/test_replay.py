@@ -186,6 +186,32 @@ def test_another_cache_is_recorded_anew_and_a_freed_one_is_not_held(
     assert STATES.count() == 0
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_model_that_is_given_no_positions_counts_them(
+    model: Any, place: torch.device, recorder: Again, dynamic: bool | None
+) -> None:
+    """It adds the length to a tensor, which must not stay that of the recording."""
+
+    def logits(graph: bool) -> list[torch.Tensor]:
+        torch.compiler.reset()
+        options = {**OPTIONS, "compile.cuda_graph": graph}
+        routed = torch.compile(model, backend="hga", dynamic=dynamic, options=options)
+        cache = HGACache(model.config)
+        found = []
+        with torch.no_grad():
+            model(prompt(place), past_key_values=cache)
+            for number in range(14):
+                token = torch.full((1, 1), number, device=place)
+                found.append(routed(token, past_key_values=cache).logits.clone())
+        return found
+
+    want = logits(False)
+    assert recorder.recorded == 0
+    got = logits(True)
+    assert recorder.replays >= 4
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_models_float_is_that_of_the_step(model: Any, place: torch.device, recorder: Again) -> None:
     """With ``dynamic=True`` floats are inputs, whose values a recorded step has been launched with."""
 
