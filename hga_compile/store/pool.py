@@ -21,6 +21,8 @@ _STEP = 2**24
 # Slots that the clock looks at together.
 _WINDOW = 4096
 _NONE = -1
+# Looking for RAM that is not there takes a tenth of a second: what is garbage is cleared away first.
+_PATIENCE = 256
 
 
 class Residents:
@@ -65,6 +67,8 @@ class PagePool:
         self._pins = np.zeros(most, np.int32)
         self._used = np.zeros(most, np.bool_)
         self._ready = self._hand = self._opened = 0
+        self._patience = 0
+        """How often more slots may be asked for before RAM is looked for again."""
         self._occupied = 0
         """Slots that hold a page."""
         self._residents: dict[int, Residents] = {}
@@ -146,9 +150,13 @@ class PagePool:
         more = min(self.memory.count - self._ready, max(1, _STEP // self.memory.page_bytes))
         if more <= 0:
             return False
+        if self._patience:
+            self._patience -= 1
+            return False
         try:
             self._lease.resize((self._ready + more) * self.memory.page_bytes)
         except StoreFullError:
+            self._patience = _PATIENCE
             return False
         self._ready += more
         return True

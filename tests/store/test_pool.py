@@ -114,6 +114,23 @@ def test_a_pool_takes_memory_as_it_needs_it() -> None:
     assert pool._ready * PAGE == pool._lease.held == 2**24
 
 
+def test_ram_that_was_refused_is_not_asked_for_at_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, asked = PagePool(PAGE, 2**26, None), []
+
+    def resize(count: int) -> None:
+        asked.append(count)
+        if len(asked) in (2, 3):
+            raise StoreFullError("host RAM is full", count, 0, "offload.host_budget")
+
+    monkeypatch.setattr(pool._lease, "resize", resize)
+    mine = pool.open()
+    for page in range(2000):
+        fill(pool, mine, page)
+    # 512 slots and no more, until it is tried a third time and goes on.
+    assert asked == [2**24, 2**25, 2**25, 2**25, 3 * 2**24]
+    monkeypatch.undo()
+
+
 def test_room_that_the_system_does_not_have_is_refused() -> None:
     with pytest.raises(StoreFullError, match=r"host RAM is full.*offload\.nvme_cache"):
         AlignedPages(2**45, PAGE)
