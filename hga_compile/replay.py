@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 _WAIT = 8
 # Tokens that a recorded graph has room for at least, and whole numbers of which it has room for.
 _ROOM, _STRETCH = 512, 2048
+# Bytes of inputs that may be copied before each replay: tokens, positions and embeddings, but no weights.
+_COPIED = 2**23
 
 
 class Recorder(Protocol):
@@ -72,8 +74,8 @@ class Replayed:
 
     inputs: list[Any]
     """What it was recorded with: tensors that it reads where they are, and copies of the others."""
-    read: list[int]
-    """Numbers of the inputs that are read where they are."""
+    read: list[tuple[int, int]]
+    """Numbers of the inputs that are read where they are, and the addresses."""
     copied: list[int]
     """Numbers of those that are copied before each replay."""
     step: DeviceStep
@@ -165,7 +167,8 @@ class Replay:
         now = [(state.version, state.length) for state in states]
         if now != [(version, length - 1) for version in recorded.versions]:
             return None
-        if any(inputs[i] is not recorded.inputs[i] for i in recorded.read):
+        # The same tensor may have got other memory (``parameter.data = ...``).
+        if any(inputs[i] is not recorded.inputs[i] or _address(inputs[i]) != at for i, at in recorded.read):
             return None
         if any(not torch.equal(inputs[i], recorded.inputs[i]) for i in self.form.constants):
             return None
@@ -179,16 +182,18 @@ class Replay:
         device = next(iter(places), None)
         if device is None or len(places) > 1 or not self.recorder.serves(device):
             raise NotReplayed("tensors that are not all on one GPU")
+        # What is the same tensor in step after step is read where it is: weights are not copied.
+        others = {*self.form.masks, *self.form.constants}
+        numbers = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in others]
+        copied = [i for i in numbers if inputs[i] is not previous[i]]
+        read = [(i, _address(inputs[i])) for i in numbers if inputs[i] is previous[i]]
+        if sum(inputs[i].nbytes for i in copied) > _COPIED:
+            raise NotReplayed("weights that are brought to the GPU at every step")
         last = -(-(length + _ROOM) // _STRETCH) * _STRETCH
         step = DeviceStep(length - 1, last, device)
         for state, site in zip(states, self.form.sites, strict=True):
             prepare(state, step, site.config)
         held = list(inputs)
-        # What is the same tensor in step after step is read where it is: weights are not copied.
-        others = {*self.form.masks, *self.form.constants}
-        numbers = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in others]
-        copied = [i for i in numbers if inputs[i] is not previous[i]]
-        read = [i for i in numbers if inputs[i] is previous[i]]
         with torch.inference_mode(False):  # written to outside of it too
             for i in (*copied, *self.form.constants):
                 held[i] = inputs[i].clone()
@@ -249,6 +254,10 @@ class Replay:
         """Forget the recorded step."""
         self._settle()
         self._recorded = None
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
 
 
 def _like(given: Any, own: Tensor) -> bool:

@@ -237,6 +237,63 @@ def test_a_models_float_is_that_of_the_step(model: Any, place: torch.device, rec
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def steps_with_other_weights(
+    model: Any, place: torch.device, graph: bool, change: Callable[[Any], None]
+) -> Any:
+    """Logits of steps before the seventh of which a weight is changed."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    weight = model.lm_head.weight
+    before = weight.data.clone()
+    options = {**OPTIONS, "compile.cuda_graph": graph}
+    routed, cache = torch.compile(model, backend="hga", options=options), HGACache(model.config)
+    found = []
+    with torch.no_grad():
+        model(prompt(place), past_key_values=cache)
+        for number in range(10):
+            if number == 7:
+                change(weight)
+            at = torch.full((1, 1), 90 + number, device=place)
+            found.append(routed(at % 97, position_ids=at, past_key_values=cache).logits.clone())
+        weight.data = before
+    return found
+
+
+CHANGES = {
+    "in place": lambda weight: weight.mul_(-2),
+    "other memory": lambda weight: setattr(weight, "data", -weight),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_weights_are_those_of_the_step(model: Any, place: torch.device, recorder: Again, change: str) -> None:
+    replays = []
+
+    def noted(weight: Any) -> None:
+        replays.append(recorder.replays)
+        CHANGES[change](weight)
+
+    want = steps_with_other_weights(model, place, False, noted)
+    got = steps_with_other_weights(model, place, True, noted)
+    assert replays[1] > replays[0] == 0
+    # A recorded step reads memory where it was.
+    assert (recorder.replays > replays[1]) == (change == "in place")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_are_brought_at_every_step_are_not_copied(
+    model: Any, place: torch.device, recorder: Again, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay_module, "_COPIED", 4)
+    ids = prompt(place)
+    want = generate(compiled(model, **{"compile.cuda_graph": False}), ids, 7)
+    torch.compiler.reset()
+    hga_compile.reset_report()
+    assert torch.equal(generate(compiled(model), ids, 7), want)
+    assert recorder.recorded == 0
+    assert any("brought to the GPU" in reason for reason in hga_compile.report().fallbacks)
+
+
 def test_steps_whose_routes_are_recorded_run_as_they_are(
     model: Any, place: torch.device, recorder: Again
 ) -> None:
@@ -300,7 +357,16 @@ def test_a_recording_that_fails_costs_no_token(
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="for the interpreter, outside of it")
-@pytest.mark.parametrize("some", ["counts and gpu", "every_other_way", "not counts and not every_other_way"])
+@pytest.mark.parametrize(
+    "some",
+    [
+        "counts and gpu",
+        "every_other_way",
+        "weights",
+        "positions or float",
+        "not counts and not every_other_way and not weights and not positions and not float",
+    ],
+)
 def test_in_the_interpreter(some: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", some]
