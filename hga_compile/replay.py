@@ -116,8 +116,8 @@ class Replay:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run a step: replayed if it follows on those before it."""
-        # A graph has one place for its inputs.
-        if self._refused or not self._lock.acquire(blocking=False):
+        # Whoever records a graph of their own gets the kernels themselves; a graph has one place for its inputs.
+        if self._refused or _recording() or not self._lock.acquire(blocking=False):
             return self.call(*inputs)
         try:
             return self._step(inputs)
@@ -254,6 +254,10 @@ class Replay:
         """Forget the recorded step."""
         self._settle()
         self._recorded = None
+
+
+def _recording() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _address(tensor: Tensor) -> int:
