@@ -116,7 +116,7 @@ class Replay:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run a step: replayed if it follows on those before it."""
-        # Whoever records a graph of their own gets the kernels themselves; a graph has one place for its inputs.
+        # Whoever records a graph of their own gets the kernels; a graph has one place for its inputs.
         if self._refused or _recording() or not self._lock.acquire(blocking=False):
             return self.call(*inputs)
         try:
