@@ -168,7 +168,7 @@ class Replay:
         if now != [(version, length - 1) for version in recorded.versions]:
             return None
         # The same tensor may have got other memory (``parameter.data = ...``).
-        if any(inputs[i] is not recorded.inputs[i] or _address(inputs[i]) != at for i, at in recorded.read):
+        if any(inputs[i] is not recorded.inputs[i] or inputs[i].data_ptr() != at for i, at in recorded.read):
             return None
         if any(not torch.equal(inputs[i], recorded.inputs[i]) for i in self.form.constants):
             return None
@@ -186,7 +186,7 @@ class Replay:
         others = {*self.form.masks, *self.form.constants}
         numbers = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in others]
         copied = [i for i in numbers if inputs[i] is not previous[i]]
-        read = [(i, _address(inputs[i])) for i in numbers if inputs[i] is previous[i]]
+        read = [(i, inputs[i].data_ptr()) for i in numbers if inputs[i] is previous[i]]
         if sum(inputs[i].nbytes for i in copied) > _COPIED:
             raise NotReplayed("weights that are brought to the GPU at every step")
         last = -(-(length + _ROOM) // _STRETCH) * _STRETCH
@@ -258,10 +258,6 @@ class Replay:
 
 def _recording() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
 
 
 def _like(given: Any, own: Tensor) -> bool:

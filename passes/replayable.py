@@ -61,14 +61,7 @@ def lengths_on_device(graph: GraphModule) -> None:
     graph : GraphModule
         From `pipeline.rewrite_graph`; changed.
     """
-    numbers: dict[Any, Affine] = {}
-    for i, node in enumerate(_placeholders(graph)):
-        if isinstance(_value(node), torch.SymInt):
-            numbers[node] = Affine(i, 0)
-    for node in graph.graph.nodes:
-        used = [source for source in node.all_input_nodes if source in numbers]
-        if node.op == "call_function" and used and (added := _added(node, used)) is not None:
-            numbers[node] = Affine(numbers[used[0]].source, numbers[used[0]].offset + added)
+    numbers = _affine(graph)
     sites = [node for node in graph.graph.nodes if node.target is torch.ops.hga.cached_attention.default]
     lengths = {numbers.get(node.args[4]) for node in sites}
     length = lengths.pop() if len(lengths) == 1 else None
@@ -177,11 +170,7 @@ def _mask_nodes(graph: GraphModule) -> set[Node]:
 
 def _numbers(graph: GraphModule, masks: set[Node]) -> dict[Any, Affine] | str:
     """Return the numbers of the graph that vary, or what else of it varies with them."""
-    numbers: dict[Any, Affine] = {}
-    for i, node in enumerate(_placeholders(graph)):
-        if isinstance(_value(node), torch.SymInt | int):
-            numbers[node] = Affine(i, 0)
-    cached = torch.ops.hga.cached_attention.default
+    numbers, cached = _affine(graph), torch.ops.hga.cached_attention.default
     for node in graph.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr") or node in masks:
             if node not in masks and node.op == "placeholder" and _grows(_value(node)) and node.users:
@@ -193,19 +182,30 @@ def _numbers(graph: GraphModule, masks: set[Node]) -> dict[Any, Affine] | str:
                 return "a number that attention reads"
         elif node.target is torch.ops.hga.number_on.default:
             continue
-        elif used and (added := _added(node, used)) is not None:
-            former = numbers[used[0]]
-            numbers[node] = Affine(former.source, former.offset + added)
-        elif used:
+        elif used and node not in numbers:
             return f"{node.target} of a length"
         elif _reads_constant(node):
             continue
-        elif isinstance(_value(node), torch.SymInt | torch.SymFloat | torch.SymBool):
+        elif not used and isinstance(_value(node), torch.SymInt | torch.SymFloat | torch.SymBool):
             return f"{node.target}, a number that the CPU must know"
         if _grows(_value(node)):
             return "a tensor that grows with the sequence"
         if _writes_input(node):
             return f"{node.target} into an input"
+    return numbers
+
+
+def _affine(graph: GraphModule) -> dict[Any, Affine]:
+    """Return the numbers among the inputs, and those that are one of them and a constant."""
+    numbers: dict[Any, Affine] = {}
+    for i, node in enumerate(_placeholders(graph)):
+        if isinstance(_value(node), torch.SymInt | int):
+            numbers[node] = Affine(i, 0)
+    for node in graph.graph.nodes:
+        used = [source for source in node.all_input_nodes if source in numbers]
+        if node.op == "call_function" and used and (added := _added(node, used)) is not None:
+            former = numbers[used[0]]
+            numbers[node] = Affine(former.source, former.offset + added)
     return numbers
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def _compiled(device: str) -> tuple[int, int]:
     from torch._dynamo.utils import counters
 
     graphs = int(counters["stats"]["unique_graphs"])
-    if not device.startswith("cuda"):
+    if not device.startswith("cuda") or find_spec("triton") is None:
         return graphs, 0
     from triton import knobs
 

@@ -152,8 +152,8 @@ class GroupReader:
 
     def past_pool(self, pages: Numbers) -> AlignedPages:
         """Read pages, ascending, into memory of their own."""
-        memory = AlignedPages(len(pages), self._page_bytes)
-        self._load(pages, memory)
+        memory, futures = self._begin(pages)
+        finish(futures)
         return memory
 
     def read_ahead(self, numbers: Numbers) -> None:
@@ -165,10 +165,7 @@ class GroupReader:
         if 0 < len(gone) <= self._pool.memory.count:
             page, _ = self._where(gone)
             pages = np.unique(page)[: max(1, BATCH_BYTES // self._page_bytes)]
-            memory = AlignedPages(len(pages), self._page_bytes)
-            places = np.arange(len(pages), dtype=np.int64)
-            futures = self._file.load(pages, memory, places)
-            self._ahead = _Ahead(gone[page <= pages[-1]], pages, memory, futures)
+            self._ahead = _Ahead(gone[page <= pages[-1]], pages, *self._begin(pages))
 
     def wait(self) -> None:
         """Wait for what is read ahead."""
@@ -192,8 +189,10 @@ class GroupReader:
         finally:
             self._forget(memory)
 
-    def _load(self, pages: Numbers, memory: AlignedPages) -> None:
-        finish(self._file.load(pages, memory, np.arange(len(pages), dtype=np.int64)))
+    def _begin(self, pages: Numbers) -> tuple[AlignedPages, list[Future[None]]]:
+        """Begin to read pages, ascending, into memory of their own."""
+        memory = AlignedPages(len(pages), self._page_bytes)
+        return memory, self._file.load(pages, memory, np.arange(len(pages), dtype=np.int64))
 
     def _forget(self, memory: AlignedPages) -> None:
         if self._poison:
