@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from uncached import CALLS, copies, microseconds
 
 from hga_compile.configs.budget import Budget
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels import gpu
 from hga_compile.kernels.plan import plan_queries
+from hga_compile.tuning.uncached import CALLS, copies, microseconds
 
 KV_HEADS, HEADS, DIM, DTYPE = 4, 8, 128, torch.bfloat16
 ROUTING = Routing(budget=Budget(fraction=0.03, tokens=256), auto_chunk_tokens=2**21)

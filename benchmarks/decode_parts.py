@@ -1,9 +1,15 @@
-"""The kernels of one layer's decode step, each beside the whole step, in microseconds by CUDA-graph replay.
+r"""The kernels of one layer's decode step, each beside the whole step, in microseconds by CUDA-graph replay.
 
     python benchmarks/decode_parts.py [--case 1x65536 ...] [--serial]
 
 For measuring one change of a kernel at a time. Parts are replayed one after another of their kind, so that
 with early launches a part is seen with its own start hidden; ``--serial`` launches none early.
+
+``--once`` runs one warm step a case instead, between cudaProfilerStart and cudaProfilerStop, for the counters
+of the hardware:
+
+    ncu --profile-from-start off --clock-control none --set detailed --csv \
+        python benchmarks/decode_parts.py --once
 """
 
 from __future__ import annotations
@@ -22,11 +28,13 @@ from hga_compile.kernels.plan import plan_queries
 from hga_compile.kernels.tuner import graph_microseconds as microseconds
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hga_compile.kernels.triton_score import Masses
 
 
-def measure(batch: int, tokens: int) -> dict[str, float]:
-    """Time the parts of one case, and all of it."""
+def measure(batch: int, tokens: int, once: bool) -> dict[str, float]:
+    """Time the parts of one case, and all of it; ``once`` shows a profiler one step instead."""
     from hga_compile.kernels.triton_attend import attend_listed
     from hga_compile.kernels.triton_score import group_masses
     from hga_compile.kernels.triton_select import select_groups, votes_of
@@ -49,18 +57,24 @@ def measure(batch: int, tokens: int) -> dict[str, float]:
         "rows_of_span": rows,
     }  # fmt: skip
 
+    def whole() -> None:
+        gpu.decode_step(pages, codes, scales, query, spans, **step)
+
     def score() -> Masses:
         return group_masses(
             codes, scales, turned, table, groups=spans.groups, group_size=size, rows_of_span=rows
         )
 
+    if once:
+        _show_profiler(whole)
+        return {}
     turned = turn(query, scale, ROUTING.bits)
     masses = score()
     # Votes are counted in the masses' bins once: those that are timed below are others.
     votes = votes_of(score(), table, HEADS, False, rows)
     chosen = select_groups(votes, table, spans.width, rows)
     return {
-        "all": microseconds(lambda: gpu.decode_step(pages, codes, scales, query, spans, **step)),
+        "all": microseconds(whole),
         "turn": microseconds(lambda: turn(query, scale, ROUTING.bits)),
         "score": microseconds(score),
         "votes": microseconds(lambda: votes_of(masses, table, HEADS, False, rows)),
@@ -69,12 +83,24 @@ def measure(batch: int, tokens: int) -> dict[str, float]:
     }
 
 
+def _show_profiler(step: Callable[[], None]) -> None:
+    """Run a step that is compiled and warm between the profiler's start and stop."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--case", action="append", metavar="BATCHxTOKENS", help="default: all")
     parser.add_argument(
         "--serial", action="store_true", help="no kernel starts before the one before it ends"
     )
+    parser.add_argument("--once", action="store_true", help="for ncu: nothing is timed")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("a CUDA device wanted, got none", file=sys.stderr)
@@ -87,9 +113,12 @@ def main(arguments: list[str] | None = None) -> int:
     for heading in ("batch", "tokens", "all", "turn", "score", "votes", "select", "attend"):
         table.add_column(heading, justify="right")
     for batch, tokens in cases:
-        took = measure(batch, tokens)
+        took = measure(batch, tokens, options.once)
+        if options.once:
+            continue
         table.add_row(str(batch), str(tokens), *(f"{took[part]:.1f}" for part in took))
-    Console().print(table)
+    if not options.once:
+        Console().print(table)
     return 0
 
 

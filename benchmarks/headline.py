@@ -32,7 +32,7 @@ from wholemodel.picture import draw
 from wholemodel.replay import Replay
 from wholemodel.results import Results
 from wholemodel.shape import SHAPES, build, config_of, weight_bytes
-from wholemodel.systems import SYSTEMS, Hga, Setup
+from wholemodel.systems import SYSTEMS, Dense, Hga, Setup
 
 from hga_compile.configs.cards import ModelCard
 from hga_compile.configs.catalogue import gpu_card
@@ -62,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
         default="inductor",
         choices=("inductor", "eager"),
         help="compiles all but attention",
+    )
+    add(
+        "--dense-prefill",
+        default="inductor",
+        choices=("inductor", "eager"),
+        help="compiles the prefill of the static cache",
     )
     add("--replay", type=Path, action="append", default=[], metavar="FILE", help="recorded routes")
     add("--limit", type=float, default=300.0, help="seconds for each point")
@@ -139,12 +145,14 @@ def _run(
         plan = Plan(step, options.steps, options.warmup, options.limit, cap)
         pairs = (setting.split("=", 1) for setting in options.set)
         given = {key: json.loads(value) for key, value in pairs}
-        setup = Setup(context, plan.new, profile, given, options.inner)
+        setup = Setup(context, plan.new, profile, given, options.inner, options.dense_prefill)
         print(f"{name} at {context:,} tokens, {step:,} a step", file=sys.stderr)
         maker = _replay_maker(options.replay, context + plan.new) if entry.routed else None
         point = measure(entry, model, ids[:, :context], setup, plan, maker)
         about = {"system": name, "label": entry.label, "context": context, "order": list(SYSTEMS).index(name)}
         about |= {"capped": entry.capped, "code": code, "hot_cache": profile.offload.hot_cache}
+        if entry.make is Dense and options.inner == "inductor":
+            about["prefill_inner"] = options.dense_prefill
         results.add(about | point)
         print(f"  {point['status']} {point['reason']}, {point['seconds']:.0f} s", file=sys.stderr)
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from recorded import Recording, Step
 from torch import Tensor
-from uncached import copies
 
 from hga_compile.configs.routing import Routing
 from hga_compile.kernels.gpu import Spans, fetched, spans_of
 from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.plan import plan_queries
 from hga_compile.store.tier import Tier
+from hga_compile.tuning.uncached import copies
 
 __all__ = ["Layer", "Shape", "Traffic", "layers_for", "mean", "read_bytes"]
 

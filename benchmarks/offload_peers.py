@@ -14,9 +14,9 @@ from offload_layer import Shape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from uncached import copies, microseconds
 
 from hga_compile.store.aligned import AlignedPages
+from hga_compile.tuning.uncached import copies, microseconds
 
 __all__ = ["dense", "disk_rate", "streamed"]
 

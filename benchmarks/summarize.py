@@ -21,11 +21,11 @@ from common import RESULTS, environment, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from uncached import copies, microseconds
 
 from hga_compile.kernels import gpu
 from hga_compile.kernels.lowbit import _STEP, encode_keys
 from hga_compile.kernels.rotation import rotation
+from hga_compile.tuning.uncached import copies, microseconds
 
 ROWS, DIM, DTYPE = 4, 128, torch.bfloat16
 TOKENS = (4096, 16384, 65536, 262144)

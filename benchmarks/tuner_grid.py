@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
             "benchmark": "tuner_grid",
             "environment": environment("cuda"),
             "model": {"name": "one layer, bfloat16"},
-            "settings": {"replay": "CUDA graph of 10 calls, median of 20"},
+            "settings": {"replay": "CUDA graph of 20 calls, indexes in no cache, median of 30"},
             "cases": cases,
             "failed": failed,
         },

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_, itemgetter
 from typing import Any, Protocol, cast
 from weakref import ReferenceType, ref
 
@@ -74,8 +75,10 @@ class Replayed:
 
     inputs: list[Any]
     """What it was recorded with: tensors that it reads where they are, and copies of the others."""
-    read: list[tuple[int, int]]
-    """Numbers of the inputs that are read where they are, and the addresses."""
+    read: Callable[[Sequence[Any]], tuple[Tensor, ...]]
+    """Picks of the inputs of a call those that are read where they are: hundreds of weights."""
+    addresses: list[int]
+    """Where these were."""
     copied: list[int]
     """Numbers of those that are copied before each replay."""
     step: DeviceStep
@@ -106,6 +109,7 @@ class Replay:
     def __init__(self, call: Callable[..., Any], form: StepForm) -> None:
         self.call, self.form, self.recorder = call, form, RECORDER
         self._kept = {site.handle for site in form.sites}
+        self._lengths = tuple(dict.fromkeys(site.length for site in form.sites))  # one for most models
         self._recorded: Replayed | None = None
         self._previous: Sequence[Any] = ()
         self._length = self._streak = 0
@@ -125,7 +129,7 @@ class Replay:
             self._lock.release()
 
     def _step(self, inputs: Sequence[Any]) -> Any:
-        lengths = {site.length.of(inputs) for site in self.form.sites}
+        lengths = {length.of(inputs) for length in self._lengths}
         length = lengths.pop()
         recorded = self._recorded
         if any(not bool(inputs[i].all()) for i in self.form.masks):
@@ -168,7 +172,10 @@ class Replay:
         if now != [(version, length - 1) for version in recorded.versions]:
             return None
         # The same tensor may have got other memory (``parameter.data = ...``).
-        if any(inputs[i] is not recorded.inputs[i] or inputs[i].data_ptr() != at for i, at in recorded.read):
+        given = recorded.read(inputs)
+        if not all(map(is_, given, recorded.read(recorded.inputs))):
+            return None
+        if list(map(Tensor.data_ptr, given)) != recorded.addresses:
             return None
         if any(not torch.equal(inputs[i], recorded.inputs[i]) for i in self.form.constants):
             return None
@@ -186,7 +193,8 @@ class Replay:
         others = {*self.form.masks, *self.form.constants}
         numbers = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in others]
         copied = [i for i in numbers if inputs[i] is not previous[i]]
-        read = [(i, inputs[i].data_ptr()) for i in numbers if inputs[i] is previous[i]]
+        read = _picker([i for i in numbers if inputs[i] is previous[i]])
+        addresses = [part.data_ptr() for part in read(inputs)]
         if sum(inputs[i].nbytes for i in copied) > _COPIED:
             raise NotReplayed("weights that are brought to the GPU at every step")
         last = -(-(length + _ROOM) // _STRETCH) * _STRETCH
@@ -204,8 +212,9 @@ class Replay:
             stepped(state, length)
         versions, costs = [state.version for state in states], [costs_of(state) for state in states]
         self._recorded = recorded = Replayed(
-            held, read, copied, step, [ref(state) for state in states], versions, costs, length - 1, length
-        )
+            held, read, addresses, copied, step, [ref(state) for state in states], versions, costs,
+            length - 1, length,
+        )  # fmt: skip
         try:
             with stepping(step):
                 recorded.replay, recorded.out = self.recorder.record(lambda: self.call(*held))
@@ -258,6 +267,13 @@ class Replay:
 
 def _recording() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _picker(numbers: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return what picks these of a sequence, without a loop in Python."""
+    if len(numbers) > 1:
+        return itemgetter(*numbers)
+    return lambda values: tuple(values[i] for i in numbers)
 
 
 def _like(given: Any, own: Tensor) -> bool:

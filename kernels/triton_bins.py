@@ -9,16 +9,19 @@ from torch import Tensor
 
 from hga_compile.kernels.overlap import follow, overlap
 
-__all__ = ["BINS", "SHIFT", "bin_of", "count_votes", "empty_bins", "first_guess", "threshold_bin"]
+__all__ = ["BINS", "SHIFT", "bin_of", "clear_bins", "count_votes", "empty_bins", "first_guess"]
+__all__ += ["line_of", "threshold_bin"]
 
 BINS = 256
 """Bins of a row: number 0 has the greatest votes; the first and the last one have no other end."""
+LINE = BINS + 32
+"""Numbers of a row: its bins, and behind them one that the selection counts with."""
 SHIFT = 20
 """Low bits of a vote (float32) that its bin does not tell."""
 
 
 def empty_bins(rows: int, device: torch.device) -> Tensor:
-    """Make room for the bins of some rows, ``[rows, BINS]`` int32, that a kernel has yet to make 0.
+    """Make room for the bins of some rows, ``[rows, LINE]`` int32, that a kernel has yet to make 0.
 
     Parameters
     ----------
@@ -27,7 +30,7 @@ def empty_bins(rows: int, device: torch.device) -> Tensor:
     device : torch.device
         Where they live.
     """
-    return torch.empty(rows, BINS, dtype=torch.int32, device=device)
+    return torch.empty(rows, LINE, dtype=torch.int32, device=device)
 
 
 def count_votes(votes: Tensor, spans: Tensor, rows_of_span: int, largest: float) -> Tensor:
@@ -41,16 +44,30 @@ def count_votes(votes: Tensor, spans: Tensor, rows_of_span: int, largest: float)
     Returns
     -------
     Tensor
-        ``[rows, BINS]`` int32.
+        ``[rows, LINE]`` int32.
     """
     (rows, groups), part = votes.shape, 1024
     kind: dict[str, Any] = {"dtype": torch.int32, "device": votes.device}
-    bins = torch.zeros(rows, BINS, **kind)
+    bins = torch.zeros(rows, LINE, **kind)
     _count[(triton.cdiv(groups, part), rows)](
         votes, spans, bins, groups, rows_of_span, largest, SPAN=spans.shape[1], PART=part, BINS=BINS,
         SHIFT=SHIFT, num_warps=4, **overlap(votes.device),
     )  # fmt: skip
     return bins
+
+
+@triton.jit
+def line_of(bins, row, BINS: tl.constexpr):
+    """Return where the bins of a row are, and the count behind them."""
+    return bins + row * (BINS + 32)
+
+
+@triton.jit
+def clear_bins(bins, row, BINS: tl.constexpr):
+    """Make the bins of a row 0, and the count behind them."""
+    line = line_of(bins, row, BINS)
+    tl.store(line + tl.arange(0, BINS), 0)
+    tl.store(line + BINS, 0)
 
 
 @triton.jit
@@ -100,4 +117,4 @@ def _count(
     vote = tl.load(votes + row * groups + group, mask=group < groups, other=-1.0)
     bin = bin_of(vote.to(tl.int32, bitcast=True), count, largest, BINS, SHIFT)
     number = tl.histogram(bin, BINS, mask=vote >= 0)
-    tl.atomic_add(bins + row * BINS + tl.arange(0, BINS), number, mask=number > 0, sem="relaxed")
+    tl.atomic_add(line_of(bins, row, BINS) + tl.arange(0, BINS), number, mask=number > 0, sem="relaxed")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hga_compile.kernels.centres import BLOCK_TOKENS
 from hga_compile.kernels.launch import Encode, launch_parameters, shape_of
+from hga_compile.kernels.overlap import follow, overlap
 from hga_compile.kernels.rotation import rotation, signs
 
 __all__ = ["encode"]
@@ -69,6 +70,14 @@ def encode(
         if turned is None:
             turned = centre.float() @ rotation(dim, keys.device)
         _encode_many(keys, turned, codes, scales, begin, bits, step, centres)
+        return
+    if new == 1 and padded <= _HELD:
+        _encode_one[(rows,)](
+            keys, keys.stride(0), centre, rotation(dim, keys.device), codes, *codes.stride(), scales,
+            scales.stride(0), begin, end, step, centres, _row_stride(centres),
+            MOVED=BLOCK_TOKENS if centres is not None else 0, DIM=dim, PADDED=padded, BITS=bits,
+            BYTES=triton.cdiv(dim, 8 // bits), num_warps=8, **overlap(keys.device),
+        )  # fmt: skip
         return
     launch = launch_parameters(Encode, keys.device, shape_of(new, rows, 0, dim))
     tokens = launch.tokens
@@ -269,3 +278,50 @@ def _encode(
     scale = tl.where(scale > 65504.0, 65504.0, scale)
     scale = tl.where(broken, float("nan"), scale)
     tl.store(scales + row * scale_row + begin + token, scale.to(tl.float16), mask=token < new)
+
+
+@triton.jit(do_not_specialize=["begin"])
+def _encode_one(
+    keys, key_row, centre, matrix, codes, code_row, code_byte, code_token, scales, scale_row, begin, end,
+    step, centres, centre_row,
+    MOVED: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Encode one key of a row as `_encode` does, with the whole rotation there before the key is."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    TOP: tl.constexpr = (2**BITS - 1) / 2
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, PADDED)
+    inside = (channel[:, None] < DIM) & (channel[None, :] < DIM)
+    rotate = tl.load(matrix + channel[:, None] * DIM + channel[None, :], mask=inside, other=0.0)
+    follow(EARLY)
+    if end is not None:
+        begin = tl.load(end) - 1
+    used = channel < DIM
+    key = tl.load(keys + row * key_row + channel, mask=used, other=0.0).to(tl.float32)
+    # A key that is not a number gives a scale that is none, whatever its codes; a huge one does not.
+    broken = tl.sum(tl.where(tl.abs(key) < float("inf"), 0, 1), 0) > 0
+    key -= tl.load(centre + row * DIM + channel, mask=used, other=0.0)
+    turned = tl.sum(key[:, None] * rotate, 0)
+    if MOVED:
+        at_centre = centres + row * centre_row + (begin // MOVED).to(tl.int64) * DIM + channel
+        turned -= tl.load(at_centre, mask=used, other=0.0).to(tl.float32)
+        length = tl.sum(turned * turned, 0)
+    else:
+        # The rotation does not change the length.
+        length = tl.sum(key * key, 0)
+    start = tl.sqrt(length / DIM) * step
+    start = tl.where(start > 0, start, 1.0)
+    index = tl.floor(turned / start + 2**BITS / 2)
+    index = tl.minimum(tl.maximum(index, 0.0), 2.0**BITS - 1)
+    value = tl.where(used, index - TOP, 0.0)
+    scale = tl.sum(turned * value, 0) / tl.sum(value * value, 0)
+    level = tl.where(used & (index == index), index, 0.0).to(tl.int32) << (channel % PER_BYTE * BITS)
+    packed = tl.sum(tl.reshape(level, [PADDED // PER_BYTE, PER_BYTE]), 1)
+    byte = tl.arange(0, PADDED // PER_BYTE)
+    token = tl.zeros([1], tl.int64) + begin
+    to = codes + row * code_row + token * code_token + byte.to(tl.int64) * code_byte
+    tl.store(to, packed.to(tl.uint8), mask=byte < BYTES)
+    scale = tl.where(scale > 65504.0, 65504.0, scale)
+    scale = tl.where(broken, float("nan"), scale)
+    tl.store(scales + row * scale_row + token, (tl.zeros([1], tl.float32) + scale).to(tl.float16))

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hga_compile.kernels.overlap import follow, overlap
-from hga_compile.kernels.triton_bins import BINS
+from hga_compile.kernels.triton_bins import BINS, clear_bins
 from hga_compile.kernels.triton_score import Kept, Masses
 
 __all__ = ["mean_masses", "store_means"]
@@ -127,7 +127,7 @@ def _score(
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     if block == 0:
-        tl.store(bins + row * BINS + tl.arange(0, BINS), 0)
+        clear_bins(bins, row, BINS)
     span = spans + row // rows_of_span * SPAN
     first, end = tl.load(span), tl.load(span + 2)
     place = block * BLOCK + tl.arange(0, BLOCK)

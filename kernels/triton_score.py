@@ -11,7 +11,7 @@ from torch import Tensor
 from hga_compile.kernels.centres import BLOCK_TOKENS
 from hga_compile.kernels.launch import Score, launch_parameters, shape_of
 from hga_compile.kernels.overlap import COMPILED, follow, overlap
-from hga_compile.kernels.triton_bins import BINS, empty_bins
+from hga_compile.kernels.triton_bins import BINS, clear_bins, empty_bins
 from hga_compile.kernels.triton_centres import centre_scores
 from hga_compile.kernels.triton_turn import Turned
 
@@ -55,7 +55,7 @@ class Masses:
         self.peaks = torch.empty(rows, self.blocks, heads, **kind) if shares > 1 else self.sums[:, 0]
         """``[rows, blocks, heads]``: greatest score of a block; parts are so many blocks each."""
         self.bins = empty_bins(rows, device)
-        """``[rows, BINS]`` int32: 0, for votes to be counted in once."""
+        """``[rows, LINE]`` int32 (see `triton_bins`): 0, for votes to be counted in once."""
 
 
 def group_masses(
@@ -295,7 +295,9 @@ def _block(
     tl.store(mass + group[None, :] * HEADS + head[:, None], of_group, mask=group[None, :] < groups)
     if LOOPED:
         tl.store(
-            peaks + block * HEADS + head, peak * 0.6931471805599453, mask=(head < HEADS) & (block < blocks)
+            peaks + block * HEADS + head,
+            peak * 0.6931471805599453,
+            mask=(head < HEADS) & (head * 0 + block < blocks),
         )
     most = tl.maximum(best, peak)
     whole = whole * _power(best - most, ASSEMBLY) + total * _power(peak - most, ASSEMBLY)
@@ -330,7 +332,7 @@ def _score(
         _fetch(codes + tl.minimum(line, groups * GROUP * STRIDE - 1))
     follow(EARLY)
     if tl.program_id(0) == 0:
-        tl.store(bins + row * BINS + tl.arange(0, BINS), 0)
+        clear_bins(bins, row, BINS)
     byte = tl.arange(0, PADDED_BYTES)
     head = tl.arange(0, HEADS)
     both = tl.arange(0, 2 * HEADS)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from hga_compile.kernels.launch import Select, Vote, launch_parameters, shape_of
 from hga_compile.kernels.overlap import follow, overlap
-from hga_compile.kernels.triton_bins import BINS, SHIFT, bin_of, count_votes, first_guess, threshold_bin
+from hga_compile.kernels.triton_bins import (
+    BINS,
+    SHIFT,
+    bin_of,
+    count_votes,
+    first_guess,
+    line_of,
+    threshold_bin,
+)
 from hga_compile.kernels.triton_score import Masses
 
 __all__ = ["Votes", "select_groups", "votes_of"]
@@ -27,7 +35,7 @@ class Votes:
     votes: Tensor
     """``[rows, groups]`` float32; infinite for broken groups, -1 for those that are not to choose from."""
     bins: Tensor | None = None
-    """``[rows, BINS]`` int32: votes by size (see `triton_bins`); None: the selection counts if it has to."""
+    """``[rows, LINE]`` int32: votes by size (see `triton_bins`); None: the selection counts if it has to."""
     largest: float = 1024.0
     """About what the finite votes of a row add up to at most: the nearer, the less a selection may take."""
 
@@ -115,15 +123,14 @@ def select_groups(
     shares = triton.cdiv(parts, min(parts, most))
     splits = triton.cdiv(parts, shares)
     padded = triton.next_power_of_2(splits)
-    room = max(1, launch.held // padded)
-    found, rivals = torch.empty(rows, 3, splits, **kind), torch.empty(rows, splits, room, **kind)
+    found, rivals = torch.empty(rows, 3, splits, **kind), torch.empty(rows, 2, launch.held, **kind)
     _keep[(splits, rows)](
         votes.votes, bins, spans, found, rivals, groups, shares, rows_of_span, votes.largest,
-        PART=part, ROOM=room, **fixed, **early,
+        PART=part, HELD=launch.held, **fixed, **early,
     )  # fmt: skip
     _list[(splits, rows)](
-        votes.votes, found, rivals, names, spans, chosen, groups, width, shares, rows_of_span,
-        votes.largest, PART=part, ROOM=room, SPLITS=padded, **fixed, **early,
+        votes.votes, bins, found, rivals, names, spans, chosen, groups, width, shares, rows_of_span,
+        votes.largest, PART=part, HELD=launch.held, SPLITS=padded, **fixed, **early,
     )  # fmt: skip
     return chosen
 
@@ -159,7 +166,7 @@ def _vote(
         begin += STEP
     base = tl.where(best == float("-inf"), 0.0, best)
     scale = 1 / tl.where(whole > 0, whole, 1.0)
-    bins += row * BINS
+    bins = line_of(bins, row, BINS)
     share = 0
     while share < shares:
         tile = tl.program_id(0) * shares + share
@@ -258,7 +265,8 @@ def _whole(
         least = 0
         bit = 30
     else:
-        least, bit = first_guess(threshold_bin(bins + row * BINS, count, BINS), count, largest, BINS, SHIFT)
+        edge = threshold_bin(line_of(bins, row, BINS), count, BINS)
+        least, bit = first_guess(edge, count, largest, BINS, SHIFT)
     least = _least_of(key, count, least, bit)
     left = count - tl.sum((key > least).to(tl.int32), 0)
     if names is not None:
@@ -271,16 +279,20 @@ def _whole(
 @triton.jit(do_not_specialize=["groups", "shares", "rows_of_span"])
 def _keep(
     votes, bins, spans, found, rivals, groups, shares, rows_of_span, largest,
-    SPAN: tl.constexpr, PART: tl.constexpr, ROOM: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr,
+    SPAN: tl.constexpr, PART: tl.constexpr, HELD: tl.constexpr, BINS: tl.constexpr, SHIFT: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Count the groups of a program's parts above the threshold's bin, and keep the votes of those in it."""
+    """Count the groups of a program's parts above the threshold's bin, and keep those in it with their votes.
+
+    All programs of a row share the room, so that it does not matter where in the row these groups are.
+    """
     row = tl.program_id(1).to(tl.int64)
     split, splits = tl.program_id(0), tl.num_programs(0)
     count = tl.load(spans + row // rows_of_span * SPAN + 3)
     follow(EARLY)
-    edge = threshold_bin(bins + row * BINS, count, BINS)
-    to = rivals + (row * splits + split) * ROOM
+    bins = line_of(bins, row, BINS)
+    edge = threshold_bin(bins, count, BINS)
+    to = rivals + row * 2 * HELD
     above = 0
     inside = 0
     share = 0
@@ -291,14 +303,14 @@ def _keep(
         bin = bin_of(key, count, largest, BINS, SHIFT)
         rival = (vote >= 0) & (bin == edge)
         both = ((vote >= 0) & (bin < edge)).to(tl.int32) + (rival.to(tl.int32) << 16)
-        at = inside + (tl.cumsum(both, 0) >> 16) - 1
-        tl.store(to + at, key, mask=rival & (at < ROOM))
-        both = tl.sum(both, 0)
-        above += both & 0xFFFF
-        inside += both >> 16
+        own = tl.sum(both, 0)
+        # In any order, which the numbers of the groups tell.
+        at = tl.atomic_add(bins + BINS, own >> 16, sem="relaxed") + (tl.cumsum(both, 0) >> 16) - 1
+        tl.store(to + at, key, mask=rival & (at < HELD))
+        tl.store(to + HELD + at, group, mask=rival & (at < HELD))
+        above += own & 0xFFFF
+        inside += own >> 16
         share += 1
-    place = tl.arange(0, ROOM)
-    tl.store(to + place, -1, mask=place >= inside)
     found += row * 3 * splits + split
     tl.store(found, above)
     tl.store(found + splits, inside)
@@ -307,8 +319,8 @@ def _keep(
 
 @triton.jit(do_not_specialize=["groups", "width", "shares", "rows_of_span"])
 def _list(
-    votes, found, rivals, names, spans, chosen, groups, width, shares, rows_of_span, largest,
-    SPAN: tl.constexpr, PART: tl.constexpr, ROOM: tl.constexpr, SPLITS: tl.constexpr, BINS: tl.constexpr,
+    votes, bins, found, rivals, names, spans, chosen, groups, width, shares, rows_of_span, largest,
+    SPAN: tl.constexpr, PART: tl.constexpr, HELD: tl.constexpr, SPLITS: tl.constexpr, BINS: tl.constexpr,
     SHIFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """List the chosen groups of a program's parts: where, follows from what was found in those before."""
@@ -324,15 +336,17 @@ def _list(
     above_of = tl.load(found + part, mask=part < splits, other=0)
     inside_of = tl.load(found + splits + part, mask=part < splits, other=0)
     edge = tl.load(found + 2 * splits + split)
-    place = tl.arange(0, SPLITS * ROOM)
-    rival = tl.load(rivals + row * splits * ROOM + place, mask=place < splits * ROOM, other=-1)
     least, bit = first_guess(edge, count, largest, BINS, SHIFT)
-    if tl.max(inside_of, 0) <= ROOM:
+    inside = tl.sum(inside_of, 0)
+    if inside <= HELD:
+        place = tl.arange(0, HELD)
+        rivals += row * 2 * HELD
+        rival = tl.load(rivals + place, mask=place < inside, other=-1)
+        of_rival = tl.load(rivals + HELD + place, mask=place < inside, other=0)
         all_above = tl.sum(above_of, 0)
         above = tl.sum(tl.where(part < split, above_of, 0), 0)
         least = _least_of(rival, count - all_above, least, bit)
-        # Rivals are in the order of their groups.
-        before = place < split * ROOM
+        before = of_rival < begin
         all_above += tl.sum((rival > least).to(tl.int32), 0)
         both = (rival > least).to(tl.int32) + ((rival == least).to(tl.int32) << 16)
         both = tl.sum(tl.where(before, both, 0), 0)
@@ -357,6 +371,8 @@ def _list(
         share += 1
     if split == 0:
         _enter_fixed(span, to)
+        # Whoever selects by the same bins once more counts from 0 again.
+        tl.store(line_of(bins, row, BINS) + BINS, 0)
 
 
 @triton.jit

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hga_compile.kernels.overlap import follow, overlap
+
 __all__ = ["load_rows", "store_rows"]
 
 
@@ -44,7 +46,7 @@ def _move(
     _copy[(new, rows)](
         pages, key, *key.stride(), value, *value.stride(), begin, end, new, rows,
         DIM=dim, V_DIM=v_dim, GROUP=group_size, PADDED=triton.next_power_of_2(max(dim, v_dim)), STORE=store,
-        num_warps=1,
+        num_warps=1, **overlap(key.device),
     )  # fmt: skip
 
 
@@ -53,7 +55,9 @@ def _copy(
     pages, key, key_row, key_token, key_channel, value, value_row, value_token, value_channel, begin, end,
     new, rows,
     DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, STORE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     number = tl.program_id(0).to(tl.int64)
     if end is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hga_compile.configs.routing import CENTRE_BLOCK, Routing
 from hga_compile.tuning.hardware import Step
+from hga_compile.tuning.uncached import copies, microseconds
 
 __all__ = ["measured_us", "present_is"]
 
@@ -41,7 +42,6 @@ def measured_us(step: Step, device: torch.device) -> float:
 def _on_gpu(step: Step, device: torch.device) -> float:
     from hga_compile.kernels import gpu
     from hga_compile.kernels.plan import plan_queries
-    from hga_compile.kernels.tuner import graph_microseconds
 
     routing, size, dim, rows = step.routing, step.routing.group_size, step.dim, step.rows
     groups, dtype = step.groups, torch.bfloat16
@@ -51,7 +51,10 @@ def _on_gpu(step: Step, device: torch.device) -> float:
     pages = torch.empty(groups, rows, size * 2 * dim, dtype=dtype, device=home, pin_memory=pinned)
     for part in pages.split(4096):  # noise made on the CPU would take minutes
         part.copy_(torch.randn(part.shape, dtype=dtype, device=device))
-    codes, scales = _summaries(step, device, dtype)
+    first = _summaries(step, device, dtype)
+    size_of = sum(part.nbytes for part in first if part is not None)
+    # Each with an index of its own, which routes to other pages too: as of layers, none is in the cache.
+    inputs = [first, *(_summaries(step, device, dtype) for _ in range(copies(size_of) - 1))]
     centres = None
     if routing.centre == "block":
         centres = torch.randn(rows, -(-step.tokens // CENTRE_BLOCK), dim, dtype=dtype, device=device)
@@ -62,13 +65,13 @@ def _on_gpu(step: Step, device: torch.device) -> float:
     query = torch.randn(rows, step.heads, dim, dtype=dtype, device=device)
     spans = gpu.spans_of(routing, plan_queries(routing, step.tokens - 1, 1, None), None, device)
 
-    def run() -> object:
+    def run(codes: Tensor, scales: Tensor | None) -> object:
         return gpu.decode_step(
             pages, codes, scales, query, spans, length=step.tokens, routing=routing, scale=dim**-0.5,
             kv_heads=rows, parts=parts, centres=centres,
         )  # fmt: skip
 
-    return graph_microseconds(run, calls=10, replays=20)
+    return microseconds(run, inputs)
 
 
 def _summaries(step: Step, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -49,6 +49,8 @@ class Setup:
     """hga's settings beside the profile."""
     inner: str = "inductor"
     """What compiles the rest of the model: inductor, or eager for none."""
+    dense_prefill: str = "inductor"
+    """The same for the prefill of the static cache, whose compilation takes minutes."""
 
 
 class System:
@@ -150,7 +152,8 @@ class Dense(System):
         self._prefill: Any = model
         self._decode: Any = model
         if setup.inner == "inductor":
-            self._prefill = torch.compile(model, dynamic=True)
+            if setup.dense_prefill == "inductor":
+                self._prefill = torch.compile(model, dynamic=True)
             graphs = "reduce-overhead" if model.device.type == "cuda" else "default"
             self._decode = torch.compile(model, mode=graphs, fullgraph=True, dynamic=False)
 

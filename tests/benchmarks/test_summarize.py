@@ -3,10 +3,11 @@ import json
 import pytest
 import summarize
 import torch
-import uncached
 from summarize import DIM, KINDS, ROWS, Kind, main
 from table import render
-from uncached import CALLS, copies, microseconds
+
+from hga_compile.tuning import uncached
+from hga_compile.tuning.uncached import CALLS, copies, microseconds
 
 
 @pytest.mark.parametrize(

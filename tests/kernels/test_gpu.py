@@ -223,6 +223,7 @@ HARD = {
     "wide": lambda: torch.exp(20 * torch.randn(300)),
     "log-normal": lambda: torch.exp(2 * torch.randn(300)) / 1000,
     "ascending": lambda: torch.arange(300.0),
+    "clumped": lambda: torch.cat([torch.rand(200), 0.9 + torch.rand(70) / 100, torch.rand(30)]),
     "one": lambda: torch.zeros(300).index_fill(0, torch.tensor([299]), 1.0),
 }
 
@@ -232,6 +233,19 @@ HARD = {
 def test_no_votes_are_too_hard(place, way, votes, count):
     given = HARD[votes]()
     assert choose(place, given[None], count) == [best_of(given, count)]
+
+
+def test_the_same_votes_may_be_selected_by_again(place, way):
+    from hga_compile.kernels.triton_bins import count_votes
+    from hga_compile.kernels.triton_select import Votes, select_groups
+
+    votes = torch.rand(2, 200)
+    table = torch.tensor([[0, 0, 200, 40, 203, 0]], dtype=torch.int32, device=place)
+    given = votes.to(place)
+    counted = Votes(given, count_votes(given, table, 2, 1024.0))
+    first, second = (select_groups(counted, table, 43, 2).tolist() for _ in range(2))
+    want = [[*best_of(row, 40), 200, 201, 202] for row in votes]
+    assert first == second == want
 
 
 def test_names_are_listed_of_candidates(place, way):
@@ -262,7 +276,7 @@ def test_votes_are_counted_by_size(place, count, spread):
     masses.bins.zero_()
     table = torch.tensor([[0, 0, 150, count, 150, 0]], dtype=torch.int32, device=place)
     votes = votes_of(masses, table, 5, False, 2)
-    assert votes.bins.shape == (2, BINS) and votes.bins.sum(1).tolist() == [150, 150]
+    assert votes.bins[:, :BINS].sum(1).tolist() == [150, 150]
     want = masses.mass[..., :5] / masses.mass.sum(1, keepdim=True)[..., :5]
     torch.testing.assert_close(votes.votes, want.sum(-1))
     for row in range(2):
