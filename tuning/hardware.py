@@ -27,6 +27,8 @@ Terms = dict[str, float]
 
 # Lanes of a streaming multiprocessor.
 _LANES = 128
+# Bytes of a token's codes that the scoring kernel takes at least (see `kernels.triton_score`).
+_LEAST_BYTES = 32
 # Queries of a prefill that share a routed set where `auto` says so (see `kernels.tiles`).
 _TILE = 64
 
@@ -65,6 +67,14 @@ class Step:
         return self.tokens
 
     @property
+    def unpacked(self) -> int:
+        """Channels of a token, or of a mean, that the scoring kernel computes with, padding included."""
+        if self.routing.summary != "lowbit":
+            return self.dim
+        width = -(-self.dim * self.routing.bits // 8)
+        return max(_LEAST_BYTES, 1 << (width - 1).bit_length()) * (8 // self.routing.bits)
+
+    @property
     def index_bytes(self) -> float:
         """Bytes of summaries that are read."""
         routing = self.routing
@@ -96,10 +106,17 @@ def step_terms(step: Step, gpu: GpuCard) -> Terms:
     masses = scored * max(8, step.heads) * 4.0
     moved = step.index_bytes + 2 * masses
     on_gpu = step.routed_bytes if step.tier == "gpu" else 0.0
+    lanes = gpu.cores.value * gpu.clock.value * _LANES / 1e6
+    one_bit = routing.summary == "lowbit" and routing.bits == 1
+    unpacked = step.rows * vectors * step.unpacked / lanes
     terms = {
         "launch": 1.0,
         # Every code is unpacked to a number once, whatever its bits.
-        "unpack": step.rows * vectors * step.dim / (gpu.cores.value * gpu.clock.value * _LANES) * 1e6,
+        "unpack": unpacked,
+        # Eight numbers of a byte are more than registers hold.
+        "one_bit": unpacked if one_bit else 0.0,
+        # Masses, votes and the selection are of groups.
+        "votes": scored * max(8, step.heads) / lanes,
         "memory": (moved + on_gpu) * share,
         # What is read again in the next step and does not stay in the cache.
         "spill": max(0.0, moved + on_gpu - gpu.cache.value) * share,
@@ -136,8 +153,8 @@ def predict(terms: Terms, factors: dict[str, float]) -> float:
 def step_us(step: Step, gpu: GpuCard) -> float:
     """Return the microseconds of one layer's decode step, as a CUDA graph replays it.
 
-    Never less than its bytes take at the share of the bandwidth that kernels reach: the codes of the
-    calibration's settings came from the cache, which on other GPUs is smaller or slower.
+    Never less than its bytes take at the share of the bandwidth that kernels reach, which other GPUs have less
+    of against their rates.
     """
     found, terms = calibration(), step_terms(step, gpu)
     factors = found["kernels"]["step"]["factors"]
