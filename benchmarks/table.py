@@ -231,7 +231,8 @@ def headline(result: dict[str, Any]) -> str:
     headings += ["prefill, tokens/s", "ms a token", "p99", "MB over PCIe a token", "hits"]
     rows = []
     for point in result["points"]:
-        first = (str(point["context"]), point["label"])
+        plain = ", prefill not compiled" if point.get("prefill_inner") == "eager" else ""
+        first = (str(point["context"]), point["label"] + plain)
         if point["status"] != "ok":
             told = point["status"] + (f" in {point['stage']}" if point["reached"] else "")
             rows.append((*first, told, *["-"] * (len(headings) - 3)))

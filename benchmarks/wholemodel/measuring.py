@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hga_compile.cli.decode import Pace
+from hga_compile.kernels.states import STATES
 from hga_compile.store import StoreError
 from wholemodel.replay import Replay
 from wholemodel.systems import OPENING, Entry, Hga, Setup, System, Unavailable
@@ -209,6 +210,7 @@ def _near(system: System) -> int:
 def _settle(plan: Plan, capped: bool) -> None:
     torch.compiler.reset()
     gc.collect()
+    STATES.collect()  # a cache that is gone leaves its memory to the next one, which may not be hga's
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(0).total_memory
