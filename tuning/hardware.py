@@ -153,8 +153,8 @@ def predict(terms: Terms, factors: dict[str, float]) -> float:
 def step_us(step: Step, gpu: GpuCard) -> float:
     """Return the microseconds of one layer's decode step, as a CUDA graph replays it.
 
-    Never less than its bytes take at the share of the bandwidth that kernels reach, which other GPUs have less
-    of against their rates.
+    Never less than its bytes take at the share of the bandwidth that kernels reach: other GPUs have less
+    bandwidth against their rates.
     """
     found, terms = calibration(), step_terms(step, gpu)
     factors = found["kernels"]["step"]["factors"]
