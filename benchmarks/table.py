@@ -255,6 +255,24 @@ def headline(result: dict[str, Any]) -> str:
     )
 
 
+def decode_counters(result: dict[str, Any]) -> str:
+    """Hardware counters of a decode step's kernels."""
+    headings = ("kernel", "batch", "tokens", "us, alone", "of DRAM's peak", "of arithmetic's", "issue slots")
+    headings += ("warps there", "waves", "registers")
+    rows = []
+    for case in result["cases"]:
+        for kernel in case["kernels"]:
+            shares = [f"{kernel[name]:.0%}" for name in ("dram", "arithmetic", "issued", "occupancy")]
+            numbers = [f"{kernel['microseconds']:.1f}", *shares]
+            more = [f"{kernel['waves']:.2f}", f"{kernel['registers']:.0f}"]
+            rows.append((f"`{kernel['kernel']}`", str(case["batch"]), str(case["tokens"]), *numbers, *more))
+    return (
+        f"{markdown(headings, rows)}\n\nNsight Compute, clocks as they are, each kernel alone from a cold "
+        "start: longer than in a replayed graph, where the next one's start is hidden. Waves: programs over those "
+        "that the GPU holds at once."
+    )
+
+
 def _token_times(run: dict[str, Any]) -> tuple[str, ...]:
     hits = "-" if run["hit_rate"] is None else f"{run['hit_rate']:.0%}"
     return (f"{run['median_ms']:.2f}", f"{run['p99_ms']:.2f}", f"{run['pcie_bytes'] / 1e6:.1f}", hits)
@@ -276,6 +294,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prefill_attention": prefill_attention,
     "summarize": summarize,
     "headline": headline,
+    "decode_counters": decode_counters,
 }
 
 
