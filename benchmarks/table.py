@@ -268,8 +268,8 @@ def decode_counters(result: dict[str, Any]) -> str:
             rows.append((f"`{kernel['kernel']}`", str(case["batch"]), str(case["tokens"]), *numbers, *more))
     return (
         f"{markdown(headings, rows)}\n\nNsight Compute, clocks as they are, each kernel alone from a cold "
-        "start: longer than in a replayed graph, where the next one's start is hidden. Waves: programs over those "
-        "that the GPU holds at once."
+        "start: longer than in a replayed graph, where the next one's start is hidden. Waves: programs over "
+        "those that the GPU holds at once."
     )
 
 
