@@ -59,7 +59,7 @@ def count_votes(votes: Tensor, spans: Tensor, rows_of_span: int, largest: float)
 @triton.jit
 def line_of(bins, row, BINS: tl.constexpr):
     """Return where the bins of a row are, and the count behind them."""
-    return bins + row * (BINS + 32)
+    return bins + row * (BINS + 32)  # LINE, a global that kernels cannot read
 
 
 @triton.jit

@@ -127,7 +127,7 @@ def test_summarising_keys_and_moving_rows(compiled, new):
 
 @pytest.mark.parametrize("begin", [7, 128])
 @pytest.mark.parametrize("dim", [128, 80])
-@pytest.mark.parametrize("new", [1, 500])
+@pytest.mark.parametrize("new", [1, 3, 500])
 def test_coding_keys_about_centres_of_blocks(compiled, new, dim, begin):
     keys = torch.empty(8, new, dim, dtype=torch.bfloat16)
     codes = torch.empty(8, 9000, dim // 4, dtype=torch.uint8).transpose(1, 2)
@@ -136,7 +136,7 @@ def test_coding_keys_about_centres_of_blocks(compiled, new, dim, begin):
         keys, torch.empty(8, dim), codes, torch.empty(8, 9000, dtype=torch.float16), begin, 2, 1.0, None,
         torch.empty(8, 71, dim, dtype=torch.bfloat16),
     )  # fmt: skip
-    assert compiled == ["_encode" if new == 1 else "_encode_rows"]
+    assert compiled == [{1: "_encode_one", 3: "_encode", 500: "_encode_rows"}[new]]
 
 
 def test_storing_at_a_position_that_the_gpu_knows(compiled):
@@ -149,7 +149,7 @@ def test_storing_at_a_position_that_the_gpu_knows(compiled):
     pages, centres = torch.empty(3000, 8, 4 * 256, dtype=torch.bfloat16), torch.empty(8, 71, 128)
     gpu.store_rows(pages, keys, keys, end, 4)
     gpu.follow_centre(pages, centres.bfloat16(), torch.empty(8, 128), end, 4)
-    assert compiled == ["_encode", "_copy", "_follow"]
+    assert compiled == ["_encode_one", "_copy", "_follow"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
