@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,8 +86,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.csv.name}: {len(CASES)} steps expected, got {len(steps)}", file=sys.stderr)
         return 1
     if options.environment:
-        import json
-
         where = json.loads(options.environment.read_text(encoding="utf-8"))["environment"]
     else:
         where = environment("cuda")

@@ -77,6 +77,8 @@ class Replayed:
     """What it was recorded with: tensors that it reads where they are, and copies of the others."""
     read: Callable[[Sequence[Any]], tuple[Tensor, ...]]
     """Picks of the inputs of a call those that are read where they are: hundreds of weights."""
+    there: tuple[Tensor, ...]
+    """What it picked of those that were recorded."""
     addresses: list[int]
     """Where these were."""
     copied: list[int]
@@ -173,9 +175,7 @@ class Replay:
             return None
         # The same tensor may have got other memory (``parameter.data = ...``).
         given = recorded.read(inputs)
-        if not all(map(is_, given, recorded.read(recorded.inputs))):
-            return None
-        if list(map(Tensor.data_ptr, given)) != recorded.addresses:
+        if not all(map(is_, given, recorded.there)) or _addresses(given) != recorded.addresses:
             return None
         if any(not torch.equal(inputs[i], recorded.inputs[i]) for i in self.form.constants):
             return None
@@ -194,7 +194,7 @@ class Replay:
         numbers = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i not in others]
         copied = [i for i in numbers if inputs[i] is not previous[i]]
         read = _picker([i for i in numbers if inputs[i] is previous[i]])
-        addresses = [part.data_ptr() for part in read(inputs)]
+        there = read(inputs)
         if sum(inputs[i].nbytes for i in copied) > _COPIED:
             raise NotReplayed("weights that are brought to the GPU at every step")
         last = -(-(length + _ROOM) // _STRETCH) * _STRETCH
@@ -212,8 +212,8 @@ class Replay:
             stepped(state, length)
         versions, costs = [state.version for state in states], [costs_of(state) for state in states]
         self._recorded = recorded = Replayed(
-            held, read, addresses, copied, step, [ref(state) for state in states], versions, costs,
-            length - 1, length,
+            held, read, there, _addresses(there), copied, step, [ref(state) for state in states], versions,
+            costs, length - 1, length,
         )  # fmt: skip
         try:
             with stepping(step):
@@ -274,6 +274,10 @@ def _picker(numbers: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]
     if len(numbers) > 1:
         return itemgetter(*numbers)
     return lambda values: tuple(values[i] for i in numbers)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _like(given: Any, own: Tensor) -> bool:

@@ -175,8 +175,9 @@ def test_another_cache_is_recorded_anew_and_a_freed_one_is_not_held(
 ) -> None:
     from hga_compile.kernels.states import STATES
 
+    gc.collect()
+    others = STATES.count()  # of tests before it
     routed, ids = compiled(model), prompt(place)
-    others = STATES.count()  # of tests that failed, say
     first = generate(routed, ids, 7)
     once = recorder.recorded
     second = generate(routed, ids.flip(1), 7)
@@ -184,7 +185,7 @@ def test_another_cache_is_recorded_anew_and_a_freed_one_is_not_held(
     assert not torch.equal(first, second)
     del routed
     gc.collect()
-    assert STATES.count() == others
+    assert STATES.count() <= others
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
