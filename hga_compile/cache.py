@@ -209,7 +209,8 @@ class _Stored:
     def __del__(self) -> None:
         for name in ("handle", "_spent"):
             handle = self.__dict__.get(name)
-            if handle is not None:
+            # When the interpreter ends, modules go before what is held in circles; so does their memory.
+            if handle is not None and STATES is not None:
                 STATES.close(handle)
 
     def _open(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -247,7 +248,8 @@ class _Stored:
 
     def _close(self) -> None:
         for handle in (self.handle, self._spent):
-            if handle is not None:
+            # When the interpreter ends, modules go before what is held in circles; so does their memory.
+            if handle is not None and STATES is not None:
                 STATES.close(handle)
         self.handle, self._spent, self.seen = None, None, 0
 
