@@ -17,7 +17,8 @@ from hga_compile.cli.eval_options import settings, split_modes, split_numbers
 from hga_compile.evaluation import candidates
 
 runner = CliRunner()
-FAST = ["--set", "routing.dense_below=64", "--set", "routing.centre_tokens=32", "--set", "budget=48"]
+FAST = ["--set", "routing.dense_below=64", "--set", "routing.centre_tokens=32", "--set", "budget=48",
+        "--set", "routing.prefill_budget.tokens=48"]  # fmt: skip
 
 
 @pytest.fixture

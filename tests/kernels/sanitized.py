@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hga_compile
 from hga_compile import HGACache
+from hga_compile.configs.loader import resolve_profile
 
+PLACE = "cuda"
 DECODED = 14
 COMMON = {
     "inner": "eager", "kernels": "triton", "routing.dense_below": 64, "routing.centre_tokens": 32,
@@ -32,14 +34,14 @@ def main() -> int:
         hidden_size=128, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
         num_hidden_layers=1, vocab_size=97, max_position_embeddings=1024,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().cuda()
-    ids = torch.randint(97, (1, 333), device="cuda")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to(PLACE)
+    ids = torch.randint(97, (1, 333), device=PLACE)
     for name, case in CASES.items():
         torch.compiler.reset()
         hga_compile.reset_report()
         options = {**COMMON, **case}
         compiled = torch.compile(model, backend="hga", options=options)
-        cache = HGACache(model.config, profile=options)
+        cache = HGACache(model.config, profile=resolve_profile(options))
         with torch.no_grad():
             compiled(ids[:, :2], past_key_values=cache)
             compiled(ids[:, 2:], past_key_values=cache)
