@@ -18,6 +18,7 @@ from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
 from hga_compile.kernels.plan import QueryPlan, plan_queries
 from hga_compile.kernels.route import Chosen, choose_groups
 from hga_compile.kernels.scoring import Scoring
+from hga_compile.kernels.staging import rows_at_once
 from hga_compile.kernels.summaries import Scorer
 
 __all__ = ["Call", "KeyValues", "Padding"]
@@ -46,8 +47,15 @@ class KeyValues(Protocol):
     def paged(self) -> bool:
         """Whether they lie in pages, which kernels may read in place or from what is fetched."""
 
-    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return keys ``[rows, end - begin, dim]`` and values, on the compute device."""
+    @property
+    def apart(self) -> bool:
+        """Whether some of the rows are read without the others being read too."""
+
+    def read(self, begin: int, end: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Return keys ``[rows, end - begin, dim]`` and values, on the compute device.
+
+        With `rows`, of those rows alone.
+        """
 
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         """Return keys ``[rows, n * group_size, dim]`` and values of ``[rows, n]`` groups.
@@ -162,6 +170,15 @@ class Call:
     def scaled(self) -> Tensor:
         """The query times the softmax scale, ``[rows, heads, queries, dim]`` float32."""
         return (self.query.float() * self.scale).flatten(0, 1)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Of how many rows all K/V are read at a time, so that a long history does not fill the GPU."""
+        kv = self.kv
+        width = (self.query.shape[4] + kv.v_dim) * kv.dtype.itemsize
+        # Codes of 8 bits are there beside what they are decoded to.
+        width += kv.row_bytes if kv.row_bytes != width else 0
+        return rows_at_once(kv.rows, self.length * width, kv.apart)
 
     @property
     def _shared(self) -> bool:

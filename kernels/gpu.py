@@ -222,11 +222,13 @@ def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int | Tensor, g
     triton_store.store_rows(pages, key, value, begin, group_size)
 
 
-def load_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int) -> None:
+def load_rows(
+    pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int, first_row: int = 0
+) -> None:
     """Read K/V rows into `key` and `value` (see `triton_store.load_rows`)."""
     from hga_compile.kernels import triton_store
 
-    triton_store.load_rows(pages, key, value, begin, group_size)
+    triton_store.load_rows(pages, key, value, begin, group_size, first_row)
 
 
 def decode_step(

@@ -3,8 +3,9 @@
 The modules of the kernels import Triton, which not every machine has: they are imported here, when used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.tail import TailSummary
 from hga_compile.kernels.tiles import Tiles
 
-__all__ = ["coarse_means", "prefill_tiles", "tile_keys", "tile_spans"]
+__all__ = ["coarse_means", "prefill_by_rows", "prefill_tiles", "tile_keys", "tile_spans"]
 
 # Votes of a run of tiles and what their selection needs.
 _RUN_BYTES = 2**28
@@ -131,16 +132,92 @@ def prefill_tiles(
     Tensor
         ``[batch, kv_heads, heads, queries, v_dim]``, dtype of the query.
     """
-    from hga_compile.kernels.triton_coarse import coarse_queries
+    return prefill_by_rows(
+        lambda rows: (key[rows], value[rows]), len(key), value.shape[2], keys, query, spans, tiles,
+        first=first, routing=routing, scale=scale, scoring=scoring, tail=tail, listed=listed,
+    )  # fmt: skip
+
+
+def prefill_by_rows(
+    read: Callable[[slice], tuple[Tensor, Tensor]],
+    at_once: int,
+    v_dim: int,
+    keys: TileKeys,
+    query: Tensor,
+    spans: Tensor,
+    tiles: Tiles,
+    *,
+    first: int,
+    routing: Routing,
+    scale: float,
+    scoring: Scoring = PLAIN,
+    tail: TailSummary | None = None,
+    listed: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Do what `prefill_tiles` does with the K/V of some rows at a time on the GPU.
+
+    Parameters
+    ----------
+    read : callable
+        Returns the keys ``[n, tokens, dim]`` and values ``[n, tokens, v_dim]`` of a slice of n rows.
+    at_once : int
+        Rows of which it is asked for at a time; the lists of all tiles are kept where they are not all.
+    v_dim : int
+        Channels of a value.
+    keys, query, spans, tiles, first, routing, scale, scoring, tail, listed
+        As `prefill_tiles` takes them.
+    """
     from hga_compile.kernels.triton_tile_attend import attend_tiles
     from hga_compile.kernels.triton_tile_tail import attend_tiles_with_tail
 
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, kv_heads, heads, queries, _ = query.shape
     rows = batch * kv_heads
-    out = query.new_empty(batch, kv_heads, heads, queries, value.shape[2])
+    out = query.new_empty(batch, kv_heads, heads, queries, v_dim)
     logits = None if scoring.sinks is None else scoring.sinks.float()
     shared = rows // spans.shape[2]
+    runs: Iterable[_Run] = _route_runs(keys, query, spans, tiles, first, routing, scale)
+    if at_once < rows:
+        runs = list(runs)
+    for begin in range(0, rows, at_once):
+        key, value = read(slice(begin, min(rows, begin + at_once)))
+        for run in runs:
+            asked: dict[str, Any] = {
+                "first": first, "tile": tiles.first + run.first, "tiles": run.tiles, "size": tiles.size,
+                "group_size": routing.group_size, "scale": scale, "rows_of_span": shared,
+                "first_row": begin,
+            }  # fmt: skip
+            given = key, value, run.chosen, run.table, query, out
+            if tail is not None and tail.chunks:
+                attend_tiles_with_tail(*given, tail, **asked)
+            else:
+                attend_tiles(*given, logits, softcap=scoring.softcap, **asked)
+            if listed is not None and begin == 0:
+                listed(run.first, run.chosen.view(run.tiles, rows, -1))
+        del key, value  # before those of other rows are read
+    return out
+
+
+class _Run(NamedTuple):
+    """Tiles that are routed together."""
+
+    first: int
+    """Number of the first one."""
+    tiles: int
+    table: Tensor
+    """``[tiles * lines, SPAN]`` int32, of `tile_spans`."""
+    chosen: Tensor
+    """``[tiles * rows, width]`` int32."""
+
+
+def _route_runs(
+    keys: TileKeys, query: Tensor, spans: Tensor, tiles: Tiles, first: int, routing: Routing, scale: float
+) -> Iterator[_Run]:
+    """Route tiles, as many at a time as `_RUN_BYTES` are enough for."""
+    from hga_compile.kernels.triton_coarse import coarse_queries
+
+    batch, kv_heads, heads, _, _ = query.shape
+    rows = batch * kv_heads
     # The largest of what a run needs: votes, and queries in 16 bits.
     own = tiles.size * heads * keys.means.values.shape[2] * (2 if keys.chunks or not keys.refined else 0)
     step = max(1, _RUN_BYTES // (rows * (12 * keys.means.steps.shape[1] + own)))
@@ -152,22 +229,9 @@ def prefill_tiles(
         if keys.refined and keys.chunks is not None:
             straight = ask(turn=False)
         run = slice(begin, begin + number)
+        shared = rows // spans.shape[2]
         chosen = _choose_for_tiles(asked, straight, keys, tiles, run, tables, routing, shared)
-        if tail is not None and tail.chunks:
-            attend_tiles_with_tail(
-                key, value, chosen, tables[0], query, out, tail, first=first, tile=tiles.first + begin,
-                tiles=number, size=tiles.size, group_size=routing.group_size, scale=scale,
-                rows_of_span=shared,
-            )  # fmt: skip
-        else:
-            attend_tiles(
-                key, value, chosen, tables[0], query, out, logits, first=first, tile=tiles.first + begin,
-                tiles=number, size=tiles.size, group_size=routing.group_size, scale=scale,
-                softcap=scoring.softcap, rows_of_span=shared,
-            )  # fmt: skip
-        if listed is not None:
-            listed(begin, chosen.view(number, rows, -1))
-    return out
+        yield _Run(begin, number, tables[0], chosen)
 
 
 def _choose_for_tiles(

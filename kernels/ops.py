@@ -291,15 +291,16 @@ class _Whole:
     """K/V that lie in two tensors, as `routed.KeyValues`."""
 
     host_pages = gpu_pages = hot = None
-    paged = False
+    paged = apart = False
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.dtype, self.v_dim = key.dtype, value.shape[3]
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
         self.rows = self.key.shape[0]
 
-    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        return self.key[:, begin:end], self.value[:, begin:end]
+    def read(self, begin: int, end: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        own = rows or slice(0, self.rows)
+        return self.key[own, begin:end], self.value[own, begin:end]
 
     @property
     def row_bytes(self) -> int:

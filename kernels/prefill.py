@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hga_compile.kernels.attend import attend_masked, routed_mask
 from hga_compile.kernels.call import Call
-from hga_compile.kernels.gpu_tiles import prefill_tiles, tile_spans
+from hga_compile.kernels.gpu_tiles import prefill_by_rows, tile_spans
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.plan import per_row
 from hga_compile.kernels.steps import PIECE, native_steps, pieces
@@ -125,18 +125,18 @@ def _shared_tiles(call: Call, size: int) -> Tensor:
             keys = replace(keys, chunks=parts)
     if keys is not None:
         call.count_scored(int(tiles.plan.window.sum()) * (rows // len(tiles.plan.window)) // rows)
-    key, value = call.kv.read(0, call.length)
     if keys is not None and call.way == "triton":
         call.use.add_attended(
             tiles.attended(call.first, queries, starts) * (rows // (1 if starts is None else len(starts)))
         )
         record = partial(_record_tiles, call, tiles) if LEDGER.wants(call.layer) else None
-        key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (key, value))
         spans = tile_spans(tiles, keys.refined, starts, call.query.device)
-        return prefill_tiles(
-            key, value, keys, call.query, spans, tiles, first=call.first, routing=routing,
-            scale=call.scale, scoring=call.scoring, tail=call.index.tail, listed=record,
+        return prefill_by_rows(
+            partial(_read_rows, call), call.rows_at_once, call.kv.v_dim, keys, call.query, spans, tiles,
+            first=call.first, routing=routing, scale=call.scale, scoring=call.scoring, tail=call.index.tail,
+            listed=record,
         )  # fmt: skip
+    key, value = call.kv.read(0, call.length)
     real = None
     if padding is not None:
         whole = call.length // routing.group_size
@@ -153,6 +153,13 @@ def _shared_tiles(call: Call, size: int) -> Tensor:
         allowed = marks.repeat_interleave(routing.group_size, -1)[:, None, :tokens].expand(rows, -1, -1)
         out.append(_attend_allowed(call, key, value, allowed, begin, stop))
     return torch.cat(out, 3)
+
+
+def _read_rows(call: Call, rows: slice) -> tuple[Tensor, Tensor]:
+    """Read all K/V of some rows, channels contiguous."""
+    whole = rows == slice(0, call.kv.rows)
+    key, value = call.kv.read(0, call.length, None if whole else rows)
+    return tuple(part if part.stride(-1) == 1 else part.contiguous() for part in (key, value))  # type: ignore[return-value]  # two
 
 
 def _record_tiles(call: Call, tiles: Tiles, number: int, groups: Tensor) -> None:

@@ -118,14 +118,25 @@ def routed_attention(
 
 def _dense(call: Call) -> Tensor:
     batch, kv_heads = call.query.shape[:2]
-    key, value = call.kv.read(0, call.length)
-    key, value = (part.unflatten(0, (batch, kv_heads)) for part in (key, value))
     mask = None if call.padding is None else call.padding.mask
     plan = call.plan(call.first, call.query.shape[3])
     call.use.add_attended(call.count_visible(plan))
     if LEDGER.wants(call.layer):
         call.record(call.first, _visible_groups(call))
-    return attend_full(call.query, key, value, mask, call.scale, call.scoring)
+    at_once = call.rows_at_once
+    if at_once == call.kv.rows or call.scoring.sinks is not None:
+        key, value = (part.unflatten(0, (batch, kv_heads)) for part in call.kv.read(0, call.length))
+        return attend_full(call.query, key, value, mask, call.scale, call.scoring)
+    # Rows as sequences of one KV head each.
+    query, parts = call.query.flatten(0, 1)[:, None], []
+    mask = None if call.padding is None else call.padding.rows(call.kv.rows)
+    for begin in range(0, call.kv.rows, at_once):
+        rows = slice(begin, min(call.kv.rows, begin + at_once))
+        key, value = call.kv.read(0, call.length, rows)
+        real = None if mask is None else mask[rows]
+        parts.append(attend_full(query[rows], key[:, None], value[:, None], real, call.scale, call.scoring))
+        del key, value  # before those of other rows are read
+    return torch.cat(parts).view(batch, kv_heads, *call.query.shape[2:4], -1)
 
 
 def _visible_groups(call: Call) -> Tensor:

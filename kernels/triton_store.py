@@ -26,34 +26,39 @@ def store_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int | Tensor, g
     _move(pages, key, value, begin, group_size, True)
 
 
-def load_rows(pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int) -> None:
+def load_rows(
+    pages: Tensor, key: Tensor, value: Tensor, begin: int, group_size: int, first_row: int = 0
+) -> None:
     """Read the K/V rows of the tokens ``begin, begin + 1, ...`` into `key` and `value`.
 
     Parameters
     ----------
     pages, key, value, begin, group_size
         As `store_rows` takes them.
+    first_row : int
+        Row of the pages that `key` and `value` begin with; they may be of some rows.
     """
-    _move(pages, key, value, begin, group_size, False)
+    _move(pages, key, value, begin, group_size, False, first_row)
 
 
 def _move(
-    pages: Tensor, key: Tensor, value: Tensor, begin: int | Tensor, group_size: int, store: bool
-) -> None:
+    pages: Tensor, key: Tensor, value: Tensor, begin: int | Tensor, group_size: int, store: bool,
+    first_row: int = 0,
+) -> None:  # fmt: skip
     rows, new, dim = key.shape
     v_dim = value.shape[2]
     begin, end = (0, begin) if isinstance(begin, Tensor) else (begin, None)
     _copy[(new, rows)](
-        pages, key, *key.stride(), value, *value.stride(), begin, end, new, rows,
+        pages, key, *key.stride(), value, *value.stride(), begin, end, new, pages.shape[1], first_row,
         DIM=dim, V_DIM=v_dim, GROUP=group_size, PADDED=triton.next_power_of_2(max(dim, v_dim)), STORE=store,
         num_warps=1, **overlap(key.device),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["begin", "new", "rows"])
+@triton.jit(do_not_specialize=["begin", "new", "rows", "first_row"])
 def _copy(
     pages, key, key_row, key_token, key_channel, value, value_row, value_token, value_channel, begin, end,
-    new, rows,
+    new, rows, first_row,
     DIM: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, STORE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +68,7 @@ def _copy(
     if end is not None:
         begin = tl.load(end).to(tl.int64) - new
     token = begin + number
-    page = pages + (token // GROUP * rows + row) * (GROUP * (DIM + V_DIM))
+    page = pages + (token // GROUP * rows + first_row + row) * (GROUP * (DIM + V_DIM))
     channel = tl.arange(0, PADDED)
     key_at = key + row * key_row + number * key_token + channel * key_channel
     of_page = token % GROUP * DIM + channel

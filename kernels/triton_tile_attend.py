@@ -25,6 +25,7 @@ def attend_tiles(
     scale: float,
     softcap: float,
     rows_of_span: int,
+    first_row: int = 0,
 ) -> None:
     """Attend from each query to the tokens of its tile's groups that are not after it.
 
@@ -53,6 +54,8 @@ def attend_tiles(
         Softmax scale; soft-cap of the scores, 0: none.
     rows_of_span : int
         Rows that a line of `spans` is for.
+    first_row : int
+        Row that `key` and `value` begin with; they may be of some rows, which are attended from then.
     """
     batch, kv_heads, heads, queries, dim = query.shape
     rows, v_dim = batch * kv_heads, value.shape[2]
@@ -62,21 +65,23 @@ def attend_tiles(
     # Offsets within a row in 32 bits where they fit: half of the registers that they take.
     far = key.shape[1] * max(key.stride(1), value.stride(1)) >= 2**31
     strides = (*query.stride()[:4], *key.stride()[:2], *value.stride()[:2], *out.stride()[:4])
-    _attend[(tiles * triton.cdiv(size * heads, lines), rows)](
+    _attend[(tiles * triton.cdiv(size * heads, lines), key.shape[0])](
         key, value, chosen, spans, query, out, logits, *strides, chosen.shape[1], first, first + queries,
-        tile, tiles, size, scale, softcap, kv_heads, rows_of_span,
+        tile, tiles, size, scale, softcap, kv_heads, rows, first_row, rows_of_span,
         SPAN=spans.shape[1], HEADS=heads, DIM=dim, V_DIM=v_dim, PADDED=padded, V_PADDED=v_padded,
         GROUP=group_size, LINES=lines, TOKENS=32, SOFTCAP=softcap > 0, SINKS=logits is not None,
         EXACT=exact, FAR=far, STAGES=4 - wide, num_warps=8 if wide else 4,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["width", "first", "end", "tile", "tiles", "size", "rows_of_span"])
+@triton.jit(
+    do_not_specialize=["width", "first", "end", "tile", "tiles", "size", "rows", "first_row", "rows_of_span"]
+)
 def _attend(
     keys, values, chosen, spans, queries, out, logits,
     query_batch, query_row, query_head, query_token, key_row, key_token, value_row, value_token,
     out_batch, out_row, out_head, out_token,
-    width, first, end, tile, tiles, size, scale, softcap, kv_heads, rows_of_span,
+    width, first, end, tile, tiles, size, scale, softcap, kv_heads, rows, first_row, rows_of_span,
     SPAN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, TOKENS: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, EXACT: tl.constexpr, FAR: tl.constexpr, STAGES: tl.constexpr,
@@ -85,8 +90,10 @@ def _attend(
     parts = tl.cdiv(size * HEADS, LINES)
     # The last tiles attend to the most: they begin first.
     number = tiles - 1 - tl.program_id(0) // parts
-    row = tl.program_id(1).to(tl.int64)
-    place = number * tl.num_programs(1) + row
+    # K/V are of some rows, all else of every row.
+    part = tl.program_id(1).to(tl.int64)
+    row = first_row + part
+    place = number * rows + row
     span = spans + place // rows_of_span * SPAN
     listed = tl.load(span + 1) - tl.load(span) + tl.load(span + 3) + tl.load(span + 4) - tl.load(span + 2)
     start = tl.load(span + 5)
@@ -107,7 +114,7 @@ def _attend(
     result = tl.zeros([LINES, V_PADDED], tl.float32)
     entry = tl.arange(0, TOKENS)
     mine = chosen + place * width
-    of_keys, of_values = keys + row * key_row, values + row * value_row
+    of_keys, of_values = keys + part * key_row, values + part * value_row
     for begin in tl.range(0, listed * GROUP, TOKENS, num_stages=STAGES):
         which = (begin + entry) // GROUP
         group = tl.load(mine + which, mask=which < listed, other=0)

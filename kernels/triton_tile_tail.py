@@ -36,6 +36,7 @@ def attend_tiles_with_tail(
     group_size: int,
     scale: float,
     rows_of_span: int,
+    first_row: int = 0,
 ) -> None:
     """Attend to listed groups exactly and to the rest of the complete chunks before the window by estimates.
 
@@ -45,6 +46,8 @@ def attend_tiles_with_tail(
         As `triton_tile_attend.attend_tiles` takes them.
     tail : TailSummary
         Expansions of at least one chunk.
+    first_row
+        As there too.
     """
     batch, kv_heads, heads, queries, dim = query.shape
     rows, v_dim = batch * kv_heads, value.shape[2]
@@ -54,11 +57,11 @@ def attend_tiles_with_tail(
     lines, block, warps = _SHAPES[exact][min(2, max(padded, v_padded) // 128)]
     far = key.shape[1] * max(key.stride(1), value.stride(1)) >= 2**31
     strides = (*query.stride()[:4], *key.stride()[:2], *value.stride()[:2], *out.stride()[:4])
-    _attend[(tiles * triton.cdiv(size, lines) * heads, rows)](
+    _attend[(tiles * triton.cdiv(size, lines) * heads, key.shape[0])](
         key, value, chosen, spans, query, out, tail.mean_query.contiguous(), tail.log_mass, tail.key,
         tail.value, tail.log_mass.stride(1), tail.key.stride(1), tail.value.stride(1), *strides,
-        chosen.shape[1], first, first + queries, tile, tiles, size, scale, kv_heads, rows_of_span,
-        min(tail.chunks, key.shape[1] // tail.chunk_size),
+        chosen.shape[1], first, first + queries, tile, tiles, size, scale, kv_heads, rows,
+        first_row, rows_of_span, min(tail.chunks, key.shape[1] // tail.chunk_size),
         SPAN=spans.shape[1], HEADS=heads, DIM=dim, V_DIM=v_dim, PADDED=padded, V_PADDED=v_padded,
         GROUP=group_size, CHUNK=tail.chunk_size, LINES=lines, BLOCK=block,
         PRECISION="tf32x3" if exact else "tf32", FAR=far, num_warps=warps, num_stages=1,
@@ -67,7 +70,8 @@ def attend_tiles_with_tail(
 
 @triton.jit(
     do_not_specialize=[
-        "width", "first", "end", "tile", "tiles", "size", "rows_of_span", "chunks", "mass_head",
+        "width", "first", "end", "tile", "tiles", "size", "rows", "first_row", "rows_of_span", "chunks",
+        "mass_head",
     ]
 )  # fmt: skip
 def _attend(
@@ -75,7 +79,7 @@ def _attend(
     mass_head, tail_key_head, tail_value_head,
     query_batch, query_row, query_head, query_token, key_row, key_token, value_row, value_token,
     out_batch, out_row, out_head, out_token,
-    width, first, end, tile, tiles, size, scale, kv_heads, rows_of_span, chunks,
+    width, first, end, tile, tiles, size, scale, kv_heads, rows, first_row, rows_of_span, chunks,
     SPAN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, LINES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
@@ -84,8 +88,10 @@ def _attend(
     parts = tl.cdiv(size, LINES)
     # The last tiles attend to the most: they begin first.
     number = tiles - 1 - tl.program_id(0) // (parts * HEADS)
-    row = tl.program_id(1).to(tl.int64)
-    place = number * tl.num_programs(1) + row
+    # K/V are of some rows, all else of every row.
+    part = tl.program_id(1).to(tl.int64)
+    row = first_row + part
+    place = number * rows + row
     span = spans + place // rows_of_span * SPAN
     sink_start, window, last = tl.load(span), tl.load(span + 2), tl.load(span + 4)
     listed = tl.load(span + 1) - sink_start + tl.load(span + 3) + last - window
@@ -133,7 +139,7 @@ def _attend(
         result = tl.dot(weight, value, result * shrink[:, None], input_precision=PRECISION)
         peak = most
     mine = chosen + place * width
-    of_keys, of_values = keys + row * key_row, values + row * value_row
+    of_keys, of_values = keys + part * key_row, values + part * value_row
     for begin in tl.range(0, listed * GROUP, BLOCK):
         which = (begin + entry) // GROUP
         group = tl.load(mine + which, mask=which < listed, other=0)

@@ -14,8 +14,9 @@ __all__ = ["HOT_SHARES", "STEPS", "Defaults", "pick_defaults"]
 # A tenth of the tokens holds 94% of what a step is routed to, a twentieth 85%.
 HOT_SHARES = (0.1, 0.05, 0.02)
 STEPS = (4096, 2048, 1024, 512, 256)
-# A share of the GPU that the plan leaves free: allocators round up, and free memory lies in pieces.
-_MARGIN = 0.02
+# Shares of the GPU that the plan leaves free: allocators round up, and free memory lies in pieces. The second
+# is for where nothing fits with the first.
+_MARGINS = (0.02, 0.005)
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ def pick_defaults(
     def lacking(found: Defaults) -> int:
         return sum(max(0, found.plan.lacks(place)) for place in found.plan.room)
 
-    margin = int(gpu.usable * _MARGIN)
+    margins = [int(gpu.usable * share) for share in _MARGINS]
     nearest: Defaults | None = None
     tiers = _tiers(profile, gpu)
+    tried: list[Defaults] = []
     for tier in tiers:
         if tier == "nvme" and nearest is not None and nearest.plan.lacks("host") <= 0:
             break  # it is GPU memory that is short, and files take as much of it
@@ -90,12 +92,16 @@ def pick_defaults(
             steps = steps if gpu.kind == "cuda" else STEPS[2:]  # on a CPU larger steps are no faster
             for tokens in steps if step is None else (step,):
                 found = planned(candidate, tokens)
-                if found.plan.fits and found.plan.lacks("gpu") <= -margin:
+                tried.append(found)
+                if found.plan.fits and found.plan.lacks("gpu") <= -margins[0]:
                     return found
                 if nearest is None or tier != nearest.plan.tier or lacking(found) <= lacking(nearest):
                     nearest = found
+    for found in tried:
+        if found.plan.fits and found.plan.lacks("gpu") <= -margins[1]:
+            return found
     assert nearest is not None  # there is a tier, and it has a step
-    given = {"batch": batch, "step": nearest.step, "weight_bytes": weight_bytes, "margin": margin}
+    given = {"batch": batch, "step": nearest.step, "weight_bytes": weight_bytes, "margin": margins[0]}
     layers = fewest_ram_layers(card, gpu, nearest.profile, context, **given)  # type: ignore[arg-type]  # likewise
     return nearest if not layers else planned(nearest.profile, nearest.step, layers)
 

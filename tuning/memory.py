@@ -8,14 +8,12 @@ from typing import Literal
 
 from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
+from hga_compile.kernels.staging import staged_bytes
 from hga_compile.tuning.sizes import arrivals, file_sizes, hot_bytes, index_bytes, page_bytes, stored_bytes
 
 __all__ = ["MemoryPlan", "Part", "Place", "layer_bytes", "plan_memory"]
 
 Place = Literal["gpu", "host", "nvme"]
-
-# What K/V that come from another place cross at once (see `store.pages`).
-_PIECE = 2**26
 
 
 @dataclass(frozen=True)
@@ -132,13 +130,14 @@ def plan_memory(
         )
     # Beside what stays there are either the products of an MLP or attention over one layer's history.
     # Codes of 8 bits are there beside what they are decoded to.
-    history = context * rows * (row + (stored if offload.kv_dtype == "fp8" else 0))
-    history += 0 if place == "gpu" else min(_PIECE, context * rows * row)
+    width = context * (row + (stored if offload.kv_dtype == "fp8" else 0))
+    moved = 0 if place == "gpu" else context * rows * row
+    history = staged_bytes(rows, width, gpu.kind == "cuda" and place != "nvme", moved)
     mlp, attention = _activations(card, batch * step, item)
     parts.append(Part("activations", "gpu", max(mlp, attention), f"a prefill step of {step:,} tokens"))
     staging = max(0, attention + history - max(mlp, attention))
     if staging:
-        parts.append(Part("staging", "gpu", staging, "one layer's history while a prefill step reads it"))
+        parts.append(Part("staging", "gpu", staging, "of one layer's history while a prefill step reads it"))
     room = _room(gpu, profile, place, ram_layers)
     if place == "nvme":
         # A layer's pages on their way, and its last block.

@@ -76,9 +76,14 @@ class Fp8Pages:
         """Give up tokens from number `length` on."""
         self.coded.truncate(length)
 
-    def read(self, begin: int, end: int, into: Pair | None = None) -> Pair:
+    @property
+    def apart(self) -> bool:
+        """Whether some of the rows are read without the others being read too."""
+        return self.coded.apart
+
+    def read(self, begin: int, end: int, into: Pair | None = None, rows: slice | None = None) -> Pair:
         """Return keys ``[rows, end - begin, dim]`` and values, on the compute device."""
-        found = decode_pair(*self.coded.read(begin, end), self.dtype)
+        found = decode_pair(*self.coded.read(begin, end, rows=rows), self.dtype)
         if into is None:
             return found
         for there, part in zip(into, found, strict=True):

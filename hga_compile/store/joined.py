@@ -18,18 +18,23 @@ class Joined:
         self.begin = length - (0 if isinstance(pages, Fp8Pages) else key.shape[1])
         self.rows, self.dtype, self.v_dim, self.paged = pages.rows, pages.dtype, pages.v_dim, True
 
-    def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    @property
+    def apart(self) -> bool:
+        """Whether some of the rows are read without the others being read too."""
+        return self.pages.apart
+
+    def read(self, begin: int, end: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
         """Return tokens ``begin <= token < end``, ``[rows, n, dim]`` and ``[rows, n, v_dim]``."""
         if end <= self.begin:
-            return self.pages.read(begin, end)
-        new = slice(max(0, begin - self.begin), end - self.begin)
+            return self.pages.read(begin, end, rows=rows)
+        new, own = slice(max(0, begin - self.begin), end - self.begin), rows or slice(0, self.rows)
         if begin >= self.begin:
-            return self.key[:, new], self.value[:, new]
-        key, value = room_for(self.pages, end - begin)
+            return self.key[own, new], self.value[own, new]
+        key, value = room_for(self.pages, end - begin, rows)
         known = self.begin - begin
         # Read to where they stay: a long history is there once.
-        self.pages.read(begin, self.begin, (key[:, :known], value[:, :known]))
-        key[:, known:], value[:, known:] = self.key[:, new], self.value[:, new]
+        self.pages.read(begin, self.begin, (key[:, :known], value[:, :known]), rows)
+        key[:, known:], value[:, known:] = self.key[own, new], self.value[own, new]
         return key, value
 
     def gather(self, groups: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

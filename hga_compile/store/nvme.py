@@ -186,7 +186,12 @@ class NvmePages:
         elif self.place.poison:
             self._into_tail_nan(length - self._file.watermark * self._span)
 
-    def read(self, begin: int, end: int, into: Pair | None = None) -> Pair:
+    @property
+    def apart(self) -> bool:
+        """False: a block of all rows is read from the file at once."""
+        return False
+
+    def read(self, begin: int, end: int, into: Pair | None = None, rows: slice | None = None) -> Pair:
         """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device.
 
         Raises
@@ -194,6 +199,8 @@ class NvmePages:
         CorruptPageError, StoreIOError
             A page is not what was written, or cannot be read.
         """
+        if rows is not None:
+            raise ValueError("rows on files are read together (`apart`)")
         tokens = end - begin
         key, value = into or room_for(self, tokens)
         first, last = begin // self._span, -(-end // self._span)

@@ -10,6 +10,7 @@ from hga_compile.kernels.dispatch import triton_serves
 from hga_compile.kernels.fp8 import EXTRA, blank
 from hga_compile.kernels.gpu import load_rows, store_rows
 from hga_compile.kernels.hot import HotCache
+from hga_compile.kernels.staging import PIECE
 from hga_compile.store.host_memory import Lease
 from hga_compile.store.host_pins import Pins
 from hga_compile.store.host_range import HostRange
@@ -21,8 +22,6 @@ __all__ = ["Pages"]
 _SHARES = 256
 # Tokens that a kernel moves to and from pinned memory itself; the copy engine moves more of them.
 _FEW = 64
-# Bytes that are on their way as pages at once.
-_PIECE = 2**26
 
 
 class Pages:
@@ -164,9 +163,23 @@ class Pages:
                 run = rows[:, tokens].unflatten(1, (groups.stop - groups.start, -1))
                 view[:, :, inside].copy_(run.transpose(0, 1))
 
-    def read(self, begin: int, end: int, into: Pair | None = None) -> Pair:
-        """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device."""
-        key, value = into or room_for(self, end - begin)
+    @property
+    def apart(self) -> bool:
+        """Whether some of the rows are read without the others being read too: by a kernel."""
+        return self._triton
+
+    def read(self, begin: int, end: int, into: Pair | None = None, rows: slice | None = None) -> Pair:
+        """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device.
+
+        With `rows`, of those rows alone: the copy engine would bring pages of all rows.
+        """
+        key, value = into or room_for(self, end - begin, rows)
+        if rows is not None:
+            if not self._triton:
+                raise ValueError("rows are read one without the others by Triton's kernels alone (`apart`)")
+            load_rows(self.buffer, key, value, begin, self.group_size, rows.start)
+            self._in_flight = self.home.type == "cpu"
+            return key, value
         if self._triton and (self._pinned or end - begin <= _FEW):
             for groups, tokens in self._pieces(begin, end):
                 part = key[:, tokens], value[:, tokens]
@@ -180,8 +193,8 @@ class Pages:
             return key, value
         self._settle()
         for groups, inside, tokens in self._runs(begin, end):
-            for view, rows in zip(self._views(groups), (key, value), strict=True):
-                run = rows[:, tokens].unflatten(1, (groups.stop - groups.start, -1))
+            for view, out in zip(self._views(groups), (key, value), strict=True):
+                run = out[:, tokens].unflatten(1, (groups.stop - groups.start, -1))
                 run.copy_(view[:, :, inside].transpose(0, 1))
         return key, value
 
@@ -297,7 +310,7 @@ class Pages:
         Yields the groups that are moved as whole pages, none where a kernel moves tokens where they lie, and
         the tokens counted from `begin`.
         """
-        size, step = self.group_size, max(1, _PIECE // self._page_bytes)
+        size, step = self.group_size, max(1, PIECE // self._page_bytes)
         if end - begin <= _FEW:
             yield slice(0, 0), slice(0, end - begin)
             return

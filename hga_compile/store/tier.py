@@ -77,10 +77,14 @@ class Tier(Protocol):
     def truncate(self, length: int) -> None:
         """Give up tokens from number `length` on."""
 
-    def read(self, begin: int, end: int, into: Pair | None = None) -> Pair:
+    @property
+    def apart(self) -> bool:
+        """Whether some of the rows are read without the others being read too."""
+
+    def read(self, begin: int, end: int, into: Pair | None = None, rows: slice | None = None) -> Pair:
         """Return copies of keys ``[rows, end - begin, dim]`` and values, on the compute device.
 
-        With `into`, they are written there.
+        With `into`, they are written there; with `rows`, they are those rows alone.
         """
 
     def fetch(self, groups: Tensor) -> Tensor:
@@ -114,10 +118,8 @@ class Tier(Protocol):
         """Give everything up; nothing may be asked afterwards."""
 
 
-def room_for(tier: Tier, tokens: int) -> Pair:
+def room_for(tier: Tier, tokens: int, rows: slice | None = None) -> Pair:
     """Return ``[rows, tokens, dim]`` and ``[rows, tokens, v_dim]`` on the compute device, to be written."""
     kind: dict[str, Any] = {"dtype": tier.dtype, "device": tier.compute}
-    return (
-        torch.empty(tier.rows, tokens, tier.dim, **kind),
-        torch.empty(tier.rows, tokens, tier.v_dim, **kind),
-    )
+    count = tier.rows if rows is None else rows.stop - rows.start
+    return torch.empty(count, tokens, tier.dim, **kind), torch.empty(count, tokens, tier.v_dim, **kind)

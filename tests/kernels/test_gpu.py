@@ -409,7 +409,7 @@ class Pretended(Pages):
 def test_many_rows_go_through_packed_pages(place, monkeypatch, dtype):
     """Pieces, borders between pinned ones, and groups that are not whole."""
     monkeypatch.setattr(pages_module, "_FEW", 6)
-    monkeypatch.setattr(pages_module, "_PIECE", 5 * 2 * 4 * 32 * dtype.itemsize)
+    monkeypatch.setattr(pages_module, "PIECE", 5 * 2 * 4 * 32 * dtype.itemsize)
     kind = Pages if CUDA else Pretended
     made = kind(2, 20, 12, 4, dtype, place, torch.device("cpu"))
     if not CUDA:
@@ -429,6 +429,9 @@ def test_many_rows_go_through_packed_pages(place, monkeypatch, dtype):
     for begin, end in ((0, 90), (1, 90), (3, 11), (8, 12), (37, 61), (40, 80), (60, 64)):
         got = made.read(begin, end)
         assert torch.equal(got[0], key[:, begin:end]) and torch.equal(got[1], value[:, begin:end])
+        for rows in (slice(0, 1), slice(1, 2)):
+            got = made.read(begin, end, rows=rows)
+            assert torch.equal(got[0], key[rows, begin:end]) and torch.equal(got[1], value[rows, begin:end])
     plain = Pages(2, 20, 12, 4, dtype, torch.device("cpu"), torch.device("cpu"))
     plain.write(key.cpu(), value.cpu(), 0)
     made._settle()

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from hga_compile.configs.budget import Budget, Window
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels import coarse, gpu_tiles
+from hga_compile.kernels import coarse, gpu_tiles, staging
 from hga_compile.kernels.lowbit import LowBitSummary, encode_keys
 from hga_compile.kernels.rotation import rotation
 from hga_compile.kernels.scoring import Scoring
 from hga_compile.kernels.tail import TailSummary, attend_masked_with_tail
 from hga_compile.kernels.tiles import Tiles, plan_tiles, shared_groups
+from hga_compile.store.pages import Pages
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
@@ -349,6 +350,30 @@ def test_a_tail_is_estimated_for_each_query(place, changes, pads):
     # A group whose vote is nearly another's may be taken in its place, for one tile of a head.
     same = ((made - want).abs() < 1e-4).float().mean()
     assert same > 0.85 and same > ((dropped - want).abs() < 1e-4).float().mean() + 0.1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"tail": "estimate"}, {"prefill": "dense"}])
+def test_a_history_that_is_read_row_by_row_gives_the_same_bits(place, monkeypatch, changes, padded):
+    setting = routing(prefill_tile=16, prefill_budget=Budget(fraction=0.2, tokens=32), **changes)
+    mask = left_padding([150, 115], 150) if padded else None
+    given, asked, read = inputs(tokens=150, batch=2, mask=mask).to(place), [], Pages.read
+    want = run_steps(setting, given, [70, 80], kernels="triton")
+
+    def noted(self, begin, end, into=None, rows=None):
+        if begin == 0:  # not what the index lacks
+            asked.append(rows)
+        return read(self, begin, end, into, rows)
+
+    monkeypatch.setattr(Pages, "read", noted)
+    rows = given.key.shape[0] * given.key.shape[1]
+    row_bytes = 150 * 2 * given.key.shape[3] * given.key.element_size()
+    for at_once in (1, rows - 1):
+        asked.clear()
+        monkeypatch.setattr(staging, "STAGED", at_once * row_bytes)
+        assert torch.equal(run_steps(setting, given, [70, 80], kernels="triton"), want)
+        parts = [slice(begin, min(rows, begin + at_once)) for begin in range(0, rows, at_once)]
+        assert asked == parts
 
 
 @large

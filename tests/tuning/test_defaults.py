@@ -79,3 +79,15 @@ def test_what_fits_nowhere_says_so_by_its_plan():
 def test_a_cpu_keeps_its_one_memory_and_small_steps():
     found = pick_defaults(model_card("smollm2-135m"), gpu_card("cpu"), DEFAULT, 8192)
     assert found.profile.offload == DEFAULT.offload and found.step == 1024
+
+
+def test_where_memory_is_all_but_full_the_step_is_still_the_largest_that_fits():
+    """The smallest one would be many times as slow."""
+    card, host = gpu_card("rtx5090"), DEFAULT.offload.model_copy(update={"tier": "host"})
+    bare = DEFAULT.model_copy(update={"offload": host})
+    needed = plan_memory(QWEN, card, bare, 131072, step=1024)
+    full = needed.used("gpu") + card.reserved.value + 0.01 * card.memory.value
+    card = card.model_copy(update={"memory": card.memory.model_copy(update={"value": full})})
+    found = pick_defaults(QWEN, card, bare, 131072)
+    assert found.plan.fits and found.ram_layers == 0 and found.profile.offload.hot_cache is None
+    assert found.step >= 1024
