@@ -26,6 +26,7 @@ from hga_compile.tuning.hardware import (
     Terms,
     dense_terms,
     gather_terms,
+    hot_terms,
     predict,
     step_terms,
 )
@@ -41,7 +42,7 @@ class Setting:
     """One recorded time."""
 
     kernel: str
-    """What was timed: `step`, `gather`, `dense`."""
+    """What was timed: `step`, `gather`, `dense`; `hot`: what a hot cache took beyond a step in GPU memory."""
     name: str
     terms: Terms
     microseconds: float
@@ -54,14 +55,14 @@ def read_settings(folder: Path) -> tuple[list[Setting], GpuCard]:
     Parameters
     ----------
     folder : pathlib.Path
-        With decode_attention.json, gpu_limits.json and, if there is one, tuner_grid.json.
+        With decode_attention.json, gpu_limits.json, offload.json and, if there is one, tuner_grid.json.
 
     Raises
     ------
     ValueError
         Results of different GPUs, or of one that the catalogue does not have.
     """
-    names = ("decode_attention.json", "gpu_limits.json", "tuner_grid.json")
+    names = ("decode_attention.json", "gpu_limits.json", "offload.json", "tuner_grid.json")
     results = {name: json.loads((folder / name).read_text()) for name in names if (folder / name).is_file()}
     devices = {result["environment"]["device"] for result in results.values()}
     gpu = gpu_of_device(next(iter(devices))) if len(devices) == 1 else None
@@ -121,6 +122,7 @@ def calibrate(folder: Path) -> dict[str, Any]:
         "settings": len(settings),
         "mean_error": round(float(np.mean(every)), 4),
         "kernels": kernels,
+        "hits": _hits(json.loads((folder / "offload.json").read_text())),
         "reached": {
             "memory": round(bandwidth / gpu.bandwidth.value, 4),
             "matrix": round(min(reached) / gpu.matrix_rate.value, 4),
@@ -155,6 +157,28 @@ def _limits(result: dict[str, Any], gpu: GpuCard) -> list[Setting]:
     return found
 
 
+def _offload(result: dict[str, Any], gpu: GpuCard) -> list[Setting]:
+    found, near = [], {c["tokens"]: c["microseconds"] for c in result["cases"] if c["tier"] == "gpu"}
+    for case in _with_hot_cache(result):
+        terms, name = hot_terms(case["pcie_bytes"], gpu), f"{case['tokens']} tokens, {case['hot_cache']:.0%}"
+        took = case["microseconds"] - near[case["tokens"]]
+        found.append(_setting("hot", name, terms, took, "offload.json"))
+    return found
+
+
+def _hits(result: dict[str, Any]) -> list[list[float]]:
+    """Return sizes of a hot cache, over what a step is routed to, and the mean of the rates of each."""
+    rates: dict[float, list[tuple[float, float]]] = {}
+    for case in _with_hot_cache(result):
+        attended = case["listed_groups"] * Routing().group_size / _KV_HEADS / case["tokens"]
+        rates.setdefault(case["hot_cache"], []).append((case["hot_cache"] / attended, case["hit_rate"]))
+    return [[round(float(mean), 4) for mean in np.mean(rates[share], 0)] for share in sorted(rates)]
+
+
+def _with_hot_cache(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [case for case in result["cases"] if case["tier"] == "host" and case["hot_cache"]]
+
+
 def _grid(result: dict[str, Any], gpu: GpuCard) -> list[Setting]:
     found = []
     for case in result["cases"]:
@@ -171,7 +195,10 @@ def _setting(kernel: str, name: str, terms: Terms, took: float, source: str) -> 
     return Setting(kernel, name, terms, took, source)
 
 
-_READERS = {"decode_attention.json": _steps, "gpu_limits.json": _limits, "tuner_grid.json": _grid}
+_READERS = {
+    "decode_attention.json": _steps, "gpu_limits.json": _limits, "offload.json": _offload,
+    "tuner_grid.json": _grid,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:

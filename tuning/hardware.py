@@ -9,17 +9,19 @@ that kernels reach, and latencies.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
+
+import numpy as np
 
 from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
 from hga_compile.configs.routing import CENTRE_BLOCK, Routing
 
 __all__ = ["CALIBRATION", "Step", "calibration", "decode_ms", "dense_terms", "gather_terms", "prefill_ms"]
-__all__ += ["predict", "read_share", "step_terms", "step_us"]
+__all__ += ["hit_rate", "hot_terms", "hot_us", "predict", "read_share", "step_terms", "step_us"]
 
 CALIBRATION = "hardware.json"
 Terms = dict[str, float]
@@ -47,6 +49,8 @@ class Step:
     tier: str
     item: int = 2
     """Bytes of a channel of K/V."""
+    hot: float | None = None
+    """Share of the tokens that the hot cache has slots for, with the tier `host`; None: there is none."""
 
     @property
     def groups(self) -> int:
@@ -58,6 +62,11 @@ class Step:
         """Bytes of K/V that are attended to."""
         attended = min(self.tokens, self.routing.budget.tokens_for(self.tokens))
         return 2.0 * self.rows * attended * self.dim * self.item
+
+    @property
+    def attended(self) -> float:
+        """Share of the tokens that are attended to."""
+        return min(self.tokens, self.routing.budget.tokens_for(self.tokens)) / self.tokens
 
     @property
     def scored_tokens(self) -> float:
@@ -127,6 +136,35 @@ def step_terms(step: Step, gpu: GpuCard) -> Terms:
     return terms
 
 
+def hot_terms(missed_bytes: float, gpu: GpuCard) -> Terms:
+    """Return the terms of what a hot cache takes beyond a step whose K/V are in GPU memory."""
+    return {"launch": 1.0, "host": missed_bytes / gpu.host_bandwidth.value * 1e6}
+
+
+def hit_rate(share: float) -> float:
+    """Return how much of what a step is routed to a hot cache holds, by the recorded rates.
+
+    Between the recorded sizes it is linear in the logarithm of the size, below them in the size; a larger
+    cache than those is taken to hold no more.
+
+    Parameters
+    ----------
+    share : float
+        Its slots, over the tokens that a step is routed to.
+    """
+    sizes, rates = zip(*calibration()["hits"], strict=True)
+    if share <= sizes[0]:
+        return float(rates[0] * share / sizes[0])
+    return float(np.interp(np.log(share), np.log(sizes), rates))
+
+
+def hot_us(step: Step, gpu: GpuCard) -> float:
+    """Return the microseconds by which a step with a hot cache is slower than one in GPU memory."""
+    assert step.hot is not None  # the caller checked
+    missed = step.routed_bytes * (1 - hit_rate(step.hot / step.attended))
+    return predict(hot_terms(missed, gpu), calibration()["kernels"]["hot"]["factors"])
+
+
 def gather_terms(block_bytes: int, blocks: int, gpu: GpuCard) -> Terms:
     """Return the terms of a kernel that gathers blocks from pinned host memory."""
     return {"launch": 1.0, "host": block_bytes * blocks / gpu.host_bandwidth.value * 1e6}
@@ -156,6 +194,8 @@ def step_us(step: Step, gpu: GpuCard) -> float:
     Never less than its bytes take at the share of the bandwidth that kernels reach: other GPUs have less
     bandwidth against their rates.
     """
+    if step.hot is not None and step.tier == "host":
+        return step_us(replace(step, tier="gpu", hot=None), gpu) + hot_us(step, gpu)
     found, terms = calibration(), step_terms(step, gpu)
     factors = found["kernels"]["step"]["factors"]
     floor: float = factors["launch"] * terms["launch"] + terms["memory"] / found["reached"]["memory"]
@@ -171,14 +211,13 @@ def decode_ms(card: ModelCard, gpu: GpuCard, profile: Profile, context: int, bat
     Raises
     ------
     ValueError
-        The tier `nvme` or a hot cache: neither has been recorded.
+        The tier `nvme`: it has no model.
     """
     shape, routing, offload = card.geometry, profile.routing, profile.offload
-    if offload.home == "nvme" or offload.hot_cache is not None:
+    if offload.home == "nvme":
         raise ValueError(
-            f"the hardware model has neither the tier nvme nor a hot cache, got tier {offload.tier!r} and "
-            f"hot_cache {offload.hot_cache}, expected gpu, host or auto, and null (offload.tier, "
-            "offload.hot_cache)"
+            f"the hardware model does not have the tier nvme, got tier {offload.tier!r}, expected gpu, host or "
+            "auto (offload.tier)"
         )
     tier = "host" if offload.home == "host" and gpu.kind == "cuda" else "gpu"
     item = 2 if gpu.kind == "cuda" else 4
@@ -189,7 +228,8 @@ def decode_ms(card: ModelCard, gpu: GpuCard, profile: Profile, context: int, bat
             total += _dense_us(context, rows, shape.head_dim, gpu, item)
             continue
         own = routing.for_layer(layer, shape.layers)
-        step = Step(context, rows, heads, shape.head_dim, own, tier, item)
+        hot = offload.hot_cache if tier == "host" else None
+        step = Step(context, rows, heads, shape.head_dim, own, tier, item, hot)
         if gpu.kind == "cuda":
             total += step_us(step, gpu)
             continue

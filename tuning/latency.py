@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from threading import Lock
 
 import torch
 
 from hga_compile.configs.cards import GpuCard, ModelCard
 from hga_compile.configs.profile import Profile
-from hga_compile.tuning.hardware import Step, decode_ms, full_layers
+from hga_compile.tuning.hardware import Step, decode_ms, full_layers, hot_us
 from hga_compile.tuning.timing import measured_us
 
 __all__ = ["Latency"]
@@ -38,7 +39,7 @@ class Latency:
         """Where the numbers come from, for a reader."""
         if self.device is None:
             return "hardware model"
-        return "attention of each layer measured here, the weights by the hardware model"
+        return "attention of each layer measured here, weights and a hot cache's misses by the hardware model"
 
     def milliseconds(self, profile: Profile) -> float:
         """Return the milliseconds of one token."""
@@ -57,9 +58,14 @@ class Latency:
             own = routing.for_layer(layer, shape.layers)
             item = 2 if cuda else 4
             step = Step(
-                self.context, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, own, tier, item
-            )
-            found += self._step(step)
+                self.context, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, own, tier, item,
+                profile.offload.hot_cache if tier == "host" else None,
+            )  # fmt: skip
+            if step.hot is None:
+                found += self._step(step)
+            else:
+                # Drawn lists would say nothing of its hits.
+                found += self._step(replace(step, tier="gpu", hot=None)) + hot_us(step, self.gpu)
         return found / 1e3 + rest
 
     def _step(self, step: Step) -> float:

@@ -158,11 +158,6 @@ def tune_command(
     base = options.pick_profile(profile)
     tokens = context or min(target.card.context.max_tokens, 65536)
     wanted = _tiers(tiers, card.kind)
-    if base.offload.hot_cache is not None:
-        raise BadInputError(
-            f"a hot cache is neither measured nor modelled, got offload.hot_cache {base.offload.hot_cache}, "
-            "expected null (--profile); add it to the profile that is found"
-        )
     if dry_run:
         show_plan(target.card, card, base, tokens, wanted, trials, measured, as_json)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +46,15 @@ class Space:
         Of each layer, for budgets by layer; None: all layers get the same.
     layers
         Of the model.
+    finish
+        Gives a profile what follows from the rest of it: the hot cache that fits.
     """
 
     base: Profile
     tiers: tuple[str, ...]
     sensitivities: Mapping[int, float] | None = None
     layers: int = 0
+    finish: Callable[[Profile], Profile] = lambda profile: profile
 
     def suggest(self, trial: Trial) -> Params:
         """Draw the parameters of a trial."""
@@ -109,6 +112,8 @@ class Space:
             "routing.vote": "mass_sum, mass_max",
             "offload.tier": ", ".join(self.tiers),
         }
+        if "host" in self.tiers:
+            found["offload.hot_cache"] = "with K/V in host RAM, the largest that fits"
         if self.sensitivities is not None:
             found["routing.overrides"] = "budgets by layer, from even to by sensitivity"
         return found
@@ -131,10 +136,12 @@ class Space:
                 "overrides": self._overrides(params),
             }
         )
-        offload = self.base.offload.model_copy(update={"tier": params.get("tier", self.tiers[0])})
+        tier = params.get("tier", self.tiers[0])
+        hot = self.base.offload.hot_cache if tier == "host" else None
+        offload = self.base.offload.model_copy(update={"tier": tier, "hot_cache": hot})
         found = self.base.model_copy(update={"name": name, "routing": routing, "offload": offload})
         # Copies are not validated.
-        return Profile.model_validate_json(found.model_dump_json())
+        return Profile.model_validate_json(self.finish(found).model_dump_json())
 
     def _overrides(self, params: Params) -> tuple[LayerOverride, ...]:
         """Give sensitive layers more and others less, the mean as it is, in a few levels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from hga_compile.configs.profile import Profile
 from hga_compile.evaluation.corpora import Document
 from hga_compile.evaluation.provenance import environment
 from hga_compile.tuning.choose import Preference, choose, front
+from hga_compile.tuning.defaults import with_hot_cache
 from hga_compile.tuning.latency import Latency
 from hga_compile.tuning.outcome import facts_of, plain, why_none
 from hga_compile.tuning.quality import Calibration, Checkpoint
@@ -182,7 +184,8 @@ def _goal(
     elif own:
         say("sensitivity of each layer")
         sensitivities = calibration.sensitivities(request.base.routing)
-    space = Space(request.base, request.tiers, sensitivities, card.geometry.layers)
+    finish = partial(with_hot_cache, card, request.gpu, context=request.context)
+    space = Space(request.base, request.tiers, sensitivities, card.geometry.layers, finish)
     latency = Latency(card, request.gpu, request.context, here)
     goal = Goal(
         card, request.gpu, request.context, space, latency, calibration.length, request.max_delta_nll,

@@ -1,5 +1,6 @@
 """The hardware model against everything recorded on the H200, and its behaviour where nothing is recorded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hga_compile.tuning.hardware import (
     Step,
     calibration,
     decode_ms,
+    hit_rate,
     predict,
     prefill_ms,
     read_share,
@@ -32,7 +34,7 @@ def test_the_error_on_the_recorded_settings_is_at_most_20_percent():
     assert gpu.name == "h200"
     assert len(settings) >= 20
     errors = {}
-    for kernel in ("step", "gather", "dense"):
+    for kernel in ("step", "gather", "dense", "hot"):
         own = [setting for setting in settings if setting.kernel == kernel]
         errors[kernel] = [abs(error) for error in left_out(own)]
         assert sum(errors[kernel]) / len(errors[kernel]) <= 0.2, (kernel, errors[kernel])
@@ -116,10 +118,26 @@ def test_a_prefill_grows_faster_than_its_tokens_and_dense_ones_more():
     assert prefill_ms(card, H200, dense, 131072) > times[1]
 
 
-@pytest.mark.parametrize("options", [{"tier": "nvme"}, {"offload.hot_cache": 0.1}])
-def test_what_was_never_recorded_is_not_predicted(options):
-    with pytest.raises(ValueError, match="neither the tier nvme nor a hot cache"):
-        decode_ms(model_card("qwen3-30b"), H200, resolve_profile(options, {}), 65536)
+def test_what_was_never_recorded_is_not_predicted():
+    with pytest.raises(ValueError, match="does not have the tier nvme"):
+        decode_ms(model_card("qwen3-30b"), H200, resolve_profile({"tier": "nvme"}, {}), 65536)
+
+
+@pytest.mark.parametrize("tokens", [16384, 65536, 262144])
+def test_the_larger_the_hot_cache_the_nearer_a_step_is_to_one_in_gpu_memory(tokens):
+    near, far = step_us(step(tokens), H200), step_us(step(tokens, "host"), H200)
+    times = [step_us(replace(step(tokens, "host"), hot=share), H200) for share in (0.2, 0.1, 0.05, 0.03)]
+    assert near < times[0] and times == sorted(times) and times[-1] < far
+    # A cache for a third of what a step is routed to holds little of it.
+    assert step_us(replace(step(tokens, "host"), hot=0.01), H200) > 0.8 * far
+
+
+def test_hit_rates_are_the_recorded_ones_and_between_them():
+    sizes, rates = zip(*calibration()["hits"], strict=True)
+    assert list(rates) == sorted(rates) and rates[0] > 0 and rates[-1] < 1
+    assert [hit_rate(size) for size in sizes] == pytest.approx(rates)
+    assert hit_rate(0) == 0 and hit_rate(100) == rates[-1]
+    assert rates[0] < hit_rate((sizes[0] * sizes[1]) ** 0.5) < rates[1]
 
 
 def test_a_cpus_step_is_timed():

@@ -1,5 +1,7 @@
 """From a trial's parameters to a profile."""
 
+from functools import partial
+
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -7,9 +9,13 @@ from hypothesis import strategies as st
 
 from hga_compile.backend import _check_offload
 from hga_compile.configs.budget import Budget
+from hga_compile.configs.catalogue import gpu_card, model_card
 from hga_compile.configs.loader import load_profile
 from hga_compile.configs.profile import Profile
 from hga_compile.configs.routing import LayerOverride, Routing
+from hga_compile.tuning.defaults import HOT_SHARES, with_hot_cache
+from hga_compile.tuning.fit import with_tier
+from hga_compile.tuning.memory import plan_memory
 from hga_compile.tuning.space import Space, at_length
 
 BASE = load_profile("default")
@@ -56,9 +62,28 @@ def test_sensitive_layers_get_more_and_the_mean_stays():
     assert 1 <= len(routing.overrides) <= 6
 
 
-def test_no_hot_cache_is_searched_for_as_no_time_of_one_is_known():
-    space = Space(BASE, ("gpu", "host"))
-    assert not any("hot_cache" in name for name in (*space.starts()[0], *space.describe()))
+def test_with_kv_in_host_ram_the_hot_cache_is_the_largest_that_fits():
+    card, gpu = model_card("qwen3-30b"), gpu_card("rtx5090")
+    space = Space(BASE, ("gpu", "host"), finish=partial(with_hot_cache, card, gpu, context=65536))
+    near, far = (space.profile(start, "x") for start in space.starts()[:2])
+    assert near.offload.tier == "gpu" and near.offload.hot_cache is None
+    assert far.offload.tier == "host" and far.offload.hot_cache == HOT_SHARES[0]
+    assert plan_memory(card, gpu, far, 65536).fits
+    # A longer context has room for a smaller one, or none; a share that somebody chose stays.
+    shares = [
+        with_hot_cache(card, gpu, with_tier(BASE, "host"), context).offload.hot_cache or 0
+        for context in (65536, 131072, 196608, 262144)
+    ]
+    assert shares == sorted(shares, reverse=True) and shares[-1] == 0
+    own = far.model_copy(update={"offload": far.offload.model_copy(update={"hot_cache": 0.07})})
+    assert with_hot_cache(card, gpu, own, 65536) == own
+    kept = Space(own, ("gpu", "host"))
+    shares = [kept.profile(start, "x").offload.hot_cache for start in kept.starts()[:2]]
+    assert shares == [None, 0.07]
+    assert (
+        "offload.hot_cache" in space.describe()
+        and "offload.hot_cache" not in Space(BASE, ("gpu",)).describe()
+    )
 
 
 def test_a_shorter_text_gets_the_same_share():
