@@ -216,8 +216,8 @@ def decode_ms(card: ModelCard, gpu: GpuCard, profile: Profile, context: int, bat
     shape, routing, offload = card.geometry, profile.routing, profile.offload
     if offload.home == "nvme":
         raise ValueError(
-            f"the hardware model does not have the tier nvme, got tier {offload.tier!r}, expected gpu, host or "
-            "auto (offload.tier)"
+            f"the hardware model does not have the tier nvme, got tier {offload.tier!r}, expected gpu, host "
+            "or auto (offload.tier)"
         )
     tier = "host" if offload.home == "host" and gpu.kind == "cuda" else "gpu"
     item = 2 if gpu.kind == "cuda" else 4
