@@ -11,8 +11,8 @@ from hga_compile.tuning.memory import MemoryPlan, Place, plan_memory
 
 __all__ = ["HOT_SHARES", "STEPS", "Defaults", "pick_defaults", "with_hot_cache"]
 
-# A tenth of the tokens holds 94% of what a step is routed to, a twentieth 85%, 3% of them 71%; a smaller
-# one than the routed set holds little of it.
+# A tenth of the tokens holds 94% of what a step is routed to, a twentieth 85%, 3% of them 71%. A
+# cache smaller than the routed set holds little of it.
 HOT_SHARES = (0.1, 0.05, 0.03)
 STEPS = (4096, 2048, 1024, 512, 256)
 # Shares of the GPU that the plan leaves free: allocators round up, and free memory lies in pieces. The second

@@ -149,6 +149,8 @@ def _decode(
     found["stage"] = name
     done = 0 if replay is None else plan.warmup + plan.steps
     token, seconds = ids[:, -1:].clone(), []
+    if replay is not None:
+        replay.prepare([ids.shape[1] + done + number + 1 for number in range(plan.warmup + plan.steps)])
     meter.reset()
     for number in range(plan.warmup + plan.steps):
         if number == plan.warmup and isinstance(system, Hga):

@@ -64,6 +64,15 @@ def test_at_the_recorded_length_lists_are_the_recorded_ones():
         assert sorted(tuple(own[:width].tolist()) for own in lists) == rows
 
 
+def test_lists_that_were_worked_out_before_are_the_same():
+    one, other, lengths = replay(TOKENS + 7), replay(TOKENS + 7), [TOKENS + step for step in range(7)]
+    other.prepare(lengths)
+    for step, length in enumerate(lengths):
+        for made in (one, other):
+            made.load(step, length)
+        assert torch.equal(one.current, other.current)
+
+
 def test_past_the_last_step_they_go_back_and_forth():
     made = replay(TOKENS)
     seen = []
