@@ -19,6 +19,9 @@ __all__ = ["SYSTEMS", "Held", "Setup", "System", "Unavailable"]
 
 OPENING = 2  # tokens that the uncompiled model reads into a new cache: filling an empty one is another graph
 
+# Nobody changes the model's modules meanwhile, so that no system looks whether they did at every token.
+_STILL = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+
 
 class Unavailable(RuntimeError):
     """A system that cannot run here; the message says what is missing."""
@@ -154,8 +157,10 @@ class Dense(System):
         if setup.inner == "inductor":
             if setup.dense_prefill == "inductor":
                 self._prefill = torch.compile(model, dynamic=True)
-            graphs = "reduce-overhead" if model.device.type == "cuda" else "default"
-            self._decode = torch.compile(model, mode=graphs, fullgraph=True, dynamic=False)
+            # The mode ``reduce-overhead``; a mode and options do not go together.
+            graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
+            options: Any = graphs | _STILL
+            self._decode = torch.compile(model, options=options, fullgraph=True, dynamic=False)
 
     def new_cache(self) -> Any:
         """Return an empty `StaticCache` of the final length."""
@@ -195,7 +200,7 @@ class Hga(System):
         torch.compiler.reset()
         # One graph for prefill steps of every length, and one for decoding.
         self._call: Any = torch.compile(
-            self.model, backend="hga", dynamic=True, options={"profile": self.profile}
+            self.model, backend="hga", dynamic=True, options={"profile": self.profile, **_STILL}
         )
 
     def new_cache(self) -> Any:

@@ -119,6 +119,8 @@ class Routed:
             options["inner"] = inner
         torch.compiler.reset()
         self.model, self.profile = model, profile
+        # Nobody changes this model's modules: looking whether they did takes 0.3 ms a token of 48 layers.
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         # One graph for prefill steps of every length, and one for decoding.
         self.call: Any = torch.compile(model, backend="hga", dynamic=True, options=options)
 
