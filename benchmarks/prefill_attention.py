@@ -113,7 +113,14 @@ def measure(tokens: int, rate: float) -> dict[str, Any]:
             codes, scales, tiles.plan.last_window, routing.group_size, routing.bits, DIM, None
         )
         return gpu_tiles.prefill_tiles(
-            key, value, keys, grouped, spans, tiles, first=0, routing=routing, scale=DIM**-0.5
+            gpu_tiles.whole(key, value),
+            keys,
+            grouped,
+            spans,
+            tiles,
+            first=0,
+            routing=routing,
+            scale=DIM**-0.5,
         )
 
     torch.cuda.reset_peak_memory_stats()

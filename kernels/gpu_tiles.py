@@ -17,7 +17,7 @@ from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.tail import TailSummary
 from hga_compile.kernels.tiles import Tiles
 
-__all__ = ["coarse_means", "prefill_by_rows", "prefill_tiles", "tile_keys", "tile_spans"]
+__all__ = ["Rows", "coarse_means", "prefill_tiles", "tile_keys", "tile_spans", "whole"]
 
 # Votes of a run of tiles and what their selection needs.
 _RUN_BYTES = 2**28
@@ -83,9 +83,24 @@ def coarse_means(means: Tensor, groups: int) -> Coarse:
     return triton_coarse.coarse_means(means, groups)
 
 
+class Rows(NamedTuple):
+    """K/V of a layer, of some rows at a time on the GPU."""
+
+    read: Callable[[slice], tuple[Tensor, Tensor]]
+    """Returns the keys ``[n, tokens, dim]`` and values ``[n, tokens, v_dim]`` of a slice of n rows, channels
+    contiguous: all tokens up to the last query."""
+    at_once: int
+    """Rows that are asked for at a time."""
+    v_dim: int
+
+
+def whole(key: Tensor, value: Tensor) -> Rows:
+    """Return the rows of ``[rows, tokens, dim]`` keys and ``[rows, tokens, v_dim]`` values, all at once."""
+    return Rows(lambda rows: (key[rows], value[rows]), len(key), value.shape[2])
+
+
 def prefill_tiles(
-    key: Tensor,
-    value: Tensor,
+    kv: Rows,
     keys: TileKeys,
     query: Tensor,
     spans: Tensor,
@@ -102,9 +117,8 @@ def prefill_tiles(
 
     Parameters
     ----------
-    key, value : Tensor
-        ``[rows, tokens, dim]`` and ``[rows, tokens, v_dim]``, channels contiguous: all tokens up to the last
-        query.
+    kv : Rows
+        Where they are not read all at once, the lists of all tiles are kept meanwhile.
     keys : TileKeys
         Of all groups before the last window, on the GPU.
     query : Tensor
@@ -132,55 +146,20 @@ def prefill_tiles(
     Tensor
         ``[batch, kv_heads, heads, queries, v_dim]``, dtype of the query.
     """
-    return prefill_by_rows(
-        lambda rows: (key[rows], value[rows]), len(key), value.shape[2], keys, query, spans, tiles,
-        first=first, routing=routing, scale=scale, scoring=scoring, tail=tail, listed=listed,
-    )  # fmt: skip
-
-
-def prefill_by_rows(
-    read: Callable[[slice], tuple[Tensor, Tensor]],
-    at_once: int,
-    v_dim: int,
-    keys: TileKeys,
-    query: Tensor,
-    spans: Tensor,
-    tiles: Tiles,
-    *,
-    first: int,
-    routing: Routing,
-    scale: float,
-    scoring: Scoring = PLAIN,
-    tail: TailSummary | None = None,
-    listed: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Do what `prefill_tiles` does with the K/V of some rows at a time on the GPU.
-
-    Parameters
-    ----------
-    read : callable
-        Returns the keys ``[n, tokens, dim]`` and values ``[n, tokens, v_dim]`` of a slice of n rows.
-    at_once : int
-        Rows of which it is asked for at a time; the lists of all tiles are kept where they are not all.
-    v_dim : int
-        Channels of a value.
-    keys, query, spans, tiles, first, routing, scale, scoring, tail, listed
-        As `prefill_tiles` takes them.
-    """
     from hga_compile.kernels.triton_tile_attend import attend_tiles
     from hga_compile.kernels.triton_tile_tail import attend_tiles_with_tail
 
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, kv_heads, heads, queries, _ = query.shape
     rows = batch * kv_heads
-    out = query.new_empty(batch, kv_heads, heads, queries, v_dim)
+    out = query.new_empty(batch, kv_heads, heads, queries, kv.v_dim)
     logits = None if scoring.sinks is None else scoring.sinks.float()
     shared = rows // spans.shape[2]
     runs: Iterable[_Run] = _route_runs(keys, query, spans, tiles, first, routing, scale)
-    if at_once < rows:
+    if kv.at_once < rows:
         runs = list(runs)
-    for begin in range(0, rows, at_once):
-        key, value = read(slice(begin, min(rows, begin + at_once)))
+    for begin in range(0, rows, kv.at_once):
+        key, value = kv.read(slice(begin, min(rows, begin + kv.at_once)))
         for run in runs:
             asked: dict[str, Any] = {
                 "first": first, "tile": tiles.first + run.first, "tiles": run.tiles, "size": tiles.size,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hga_compile.kernels.attend import attend_masked, routed_mask
 from hga_compile.kernels.call import Call
-from hga_compile.kernels.gpu_tiles import prefill_by_rows, tile_spans
+from hga_compile.kernels.gpu_tiles import Rows, prefill_tiles, tile_spans
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.plan import per_row
 from hga_compile.kernels.steps import PIECE, native_steps, pieces
@@ -131,10 +131,10 @@ def _shared_tiles(call: Call, size: int) -> Tensor:
         )
         record = partial(_record_tiles, call, tiles) if LEDGER.wants(call.layer) else None
         spans = tile_spans(tiles, keys.refined, starts, call.query.device)
-        return prefill_by_rows(
-            partial(_read_rows, call), call.rows_at_once, call.kv.v_dim, keys, call.query, spans, tiles,
-            first=call.first, routing=routing, scale=call.scale, scoring=call.scoring, tail=call.index.tail,
-            listed=record,
+        kv = Rows(partial(_read_rows, call), call.rows_at_once, call.kv.v_dim)
+        return prefill_tiles(
+            kv, keys, call.query, spans, tiles, first=call.first, routing=routing, scale=call.scale,
+            scoring=call.scoring, tail=call.index.tail, listed=record,
         )  # fmt: skip
     key, value = call.kv.read(0, call.length)
     real = None

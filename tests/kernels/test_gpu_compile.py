@@ -199,7 +199,7 @@ def test_a_prefill_in_tiles(compiled, tail, size, moved, shape):
         rest = TailSummary(routing.chunk_size, torch.zeros(rows, heads, dim), dim)
         rest.append(torch.zeros(rows, tokens, dim), torch.zeros(rows, tokens, dim))
     gpu_tiles.prefill_tiles(
-        torch.empty(rows, tokens, dim, dtype=dtype), torch.empty(rows, tokens, dim, dtype=dtype), keys,
+        gpu_tiles.whole(*torch.empty(2, rows, tokens, dim, dtype=dtype)), keys,
         torch.empty(1, rows, heads, 2048, dim, dtype=dtype),
         gpu_tiles.tile_spans(tiles, True, None, torch.device("cpu")), tiles, first=2048, routing=routing,
         scale=1.0, tail=rest,

@@ -155,9 +155,8 @@ def check(
 
     lists: dict[int, Tensor] = {}
     out = gpu_tiles.prefill_tiles(
-        key, value, made, query, gpu_tiles.tile_spans(tiles, turn, starts, place), tiles, first=first,
-        routing=setting, scale=scale, scoring=scoring,
-        listed=keep(lists),
+        gpu_tiles.whole(key, value), made, query, gpu_tiles.tile_spans(tiles, turn, starts, place), tiles,
+        first=first, routing=setting, scale=scale, scoring=scoring, listed=keep(lists),
     )  # fmt: skip
     assert out.dtype == dtype and out.shape == (batch, kv_heads, heads, tokens - first, v_dim)
     straight = (query.float() * scale).flatten(0, 1)
@@ -316,7 +315,9 @@ def test_rows_far_apart_in_memory(place):
     query = torch.randn(1, 2, 3, tokens, dim, device=place, dtype=torch.bfloat16)
     spans = gpu_tiles.tile_spans(tiles, True, None, place)
     want, got = (
-        gpu_tiles.prefill_tiles(keys, keys, made, query, spans, tiles, first=0, routing=setting, scale=0.125)
+        gpu_tiles.prefill_tiles(
+            gpu_tiles.whole(keys, keys), made, query, spans, tiles, first=0, routing=setting, scale=0.125
+        )
         for keys in (near, far)
     )
     assert torch.equal(got, want)
@@ -406,8 +407,8 @@ def test_a_tail_of_the_sizes_that_models_have(place, dtype, dim, heads):
     )
     lists: dict[int, Tensor] = {}
     out = gpu_tiles.prefill_tiles(
-        key, value, made, query, gpu_tiles.tile_spans(tiles, True, None, place), tiles, first=first,
-        routing=setting, scale=dim**-0.5, tail=tail, listed=keep(lists),
+        gpu_tiles.whole(key, value), made, query, gpu_tiles.tile_spans(tiles, True, None, place), tiles,
+        first=first, routing=setting, scale=dim**-0.5, tail=tail, listed=keep(lists),
     )  # fmt: skip
     for number in range(tiles.number):
         begin = max(0, (tiles.first + number) * tile - first)
@@ -457,8 +458,8 @@ def test_a_broken_key_is_attended_to(place):
     lists: dict[int, Tensor] = {}
     made = gpu_tiles.tile_keys(codes.transpose(1, 2).contiguous().transpose(1, 2), scales, 38, 4, 2, 16, None)
     gpu_tiles.prefill_tiles(
-        key, value, made, query, gpu_tiles.tile_spans(tiles, True, None, place), tiles, first=0,
-        routing=setting, scale=0.25, listed=keep(lists),
+        gpu_tiles.whole(key, value), made, query, gpu_tiles.tile_spans(tiles, True, None, place), tiles,
+        first=0, routing=setting, scale=0.25, listed=keep(lists),
     )  # fmt: skip
     for number in range(6, 10):
         assert bool(marks_of(tiles, lists, number, 1)[0, 61 // 4])
