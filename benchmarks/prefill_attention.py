@@ -112,15 +112,9 @@ def measure(tokens: int, rate: float) -> dict[str, Any]:
         keys = gpu_tiles.tile_keys(
             codes, scales, tiles.plan.last_window, routing.group_size, routing.bits, DIM, None
         )
+        kv = gpu_tiles.whole(key, value)
         return gpu_tiles.prefill_tiles(
-            gpu_tiles.whole(key, value),
-            keys,
-            grouped,
-            spans,
-            tiles,
-            first=0,
-            routing=routing,
-            scale=DIM**-0.5,
+            kv, keys, grouped, spans, tiles, first=0, routing=routing, scale=DIM**-0.5
         )
 
     torch.cuda.reset_peak_memory_stats()

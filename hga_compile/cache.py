@@ -248,8 +248,7 @@ class _Stored:
 
     def _close(self) -> None:
         for handle in (self.handle, self._spent):
-            # When the interpreter ends, modules go before what is held in circles; so does their memory.
-            if handle is not None and STATES is not None:
+            if handle is not None:
                 STATES.close(handle)
         self.handle, self._spent, self.seen = None, None, 0
 

@@ -103,3 +103,18 @@ def test_a_static_cache_is_dense_and_a_warning_says_what_to_write(results):
     assert any("static cache" in reason or "one query" in reason for reason in result["reasons"])
     (text,) = [text for text in result["warnings"] if "static cache" in text]
     assert "HGACache(model.config)" in text and 'model.compile(backend="hga")' in text
+
+
+def test_a_cache_that_outlives_the_package_says_nothing() -> None:
+    """At the interpreter's end modules are emptied before what is held in circles."""
+    script = """
+import torch
+from transformers import LlamaConfig
+from hga_compile import HGACache
+config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
+cache = HGACache(config)
+cache.update(torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4, 16), 0)
+torch.kept = cache
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
