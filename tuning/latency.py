@@ -38,8 +38,8 @@ class Latency:
     def how(self) -> str:
         """Where the numbers come from, for a reader."""
         if self.device is None:
-            return "hardware model"
-        return "attention of each layer measured here, weights and a hot cache's misses by the hardware model"
+            return "hardware model, weights by their bytes alone"
+        return "attention of each layer measured here, weights by their bytes, a hot cache's misses modelled"
 
     def milliseconds(self, profile: Profile) -> float:
         """Return the milliseconds of one token."""
