@@ -86,20 +86,19 @@ def pick_defaults(
             break  # it is GPU memory that is short, and files take as much of it
         placed = profile if len(tiers) == 1 else with_tier(profile, tier)
         for share in _shares(placed, gpu):
-            offload = placed.offload.model_copy(update={"hot_cache": share})
-            candidate = placed.model_copy(update={"offload": offload})
+            candidate = _with_share(placed, share)
             # Smaller steps cost prefill; a hot cache is worth more than they are.
             steps = STEPS[:3] if share and profile.offload.hot_cache is None else STEPS
             steps = steps if gpu.kind == "cuda" else STEPS[2:]  # on a CPU larger steps are no faster
             for tokens in steps if step is None else (step,):
                 found = planned(candidate, tokens)
                 tried.append(found)
-                if found.plan.fits and found.plan.lacks("gpu") <= -margins[0]:
+                if _leaves(found.plan, margins[0]):
                     return found
                 if nearest is None or tier != nearest.plan.tier or lacking(found) <= lacking(nearest):
                     nearest = found
     for found in tried:
-        if found.plan.fits and found.plan.lacks("gpu") <= -margins[1]:
+        if _leaves(found.plan, margins[1]):
             return found
     assert nearest is not None  # there is a tier, and it has a step
     given = {"batch": batch, "step": nearest.step, "weight_bytes": weight_bytes, "margin": margins[0]}
@@ -118,12 +117,19 @@ def with_hot_cache(card: ModelCard, gpu: GpuCard, profile: Profile, context: int
         Tokens of each sequence.
     """
     for share in _shares(profile, gpu) if profile.offload.hot_cache is None else ():
-        offload = profile.offload.model_copy(update={"hot_cache": share})
-        found = profile.model_copy(update={"offload": offload})
-        plan = plan_memory(card, gpu, found, context)
-        if share is not None and plan.fits and plan.lacks("gpu") <= -int(gpu.usable * _MARGINS[0]):
+        found = _with_share(profile, share)
+        if _leaves(plan_memory(card, gpu, found, context), int(gpu.usable * _MARGINS[0])):
             return found
     return profile
+
+
+def _with_share(profile: Profile, share: float | None) -> Profile:
+    return profile.model_copy(update={"offload": profile.offload.model_copy(update={"hot_cache": share})})
+
+
+def _leaves(plan: MemoryPlan, margin: int) -> bool:
+    """Say whether a plan fits and leaves so many bytes of the GPU free."""
+    return plan.fits and plan.lacks("gpu") <= -margin
 
 
 def _tiers(profile: Profile, gpu: GpuCard) -> tuple[Place, ...]:

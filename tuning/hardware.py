@@ -58,15 +58,14 @@ class Step:
         return -(-self.tokens // self.routing.group_size)
 
     @property
-    def routed_bytes(self) -> float:
-        """Bytes of K/V that are attended to."""
-        attended = min(self.tokens, self.routing.budget.tokens_for(self.tokens))
-        return 2.0 * self.rows * attended * self.dim * self.item
+    def attended(self) -> int:
+        """Tokens of each row that are attended to."""
+        return min(self.tokens, self.routing.budget.tokens_for(self.tokens))
 
     @property
-    def attended(self) -> float:
-        """Share of the tokens that are attended to."""
-        return min(self.tokens, self.routing.budget.tokens_for(self.tokens)) / self.tokens
+    def routed_bytes(self) -> float:
+        """Bytes of K/V that are attended to."""
+        return 2.0 * self.rows * self.attended * self.dim * self.item
 
     @property
     def scored_tokens(self) -> float:
@@ -161,7 +160,7 @@ def hit_rate(share: float) -> float:
 def hot_us(step: Step, gpu: GpuCard) -> float:
     """Return the microseconds by which a step with a hot cache is slower than one in GPU memory."""
     assert step.hot is not None  # the caller checked
-    missed = step.routed_bytes * (1 - hit_rate(step.hot / step.attended))
+    missed = step.routed_bytes * (1 - hit_rate(step.hot * step.tokens / step.attended))
     return predict(hot_terms(missed, gpu), calibration()["kernels"]["hot"]["factors"])
 
 

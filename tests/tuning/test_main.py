@@ -162,6 +162,17 @@ def test_wrong_input_is_one_line_and_exit_2(arguments, words, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_profile_with_a_hot_cache_is_a_base_like_others(tmp_path, capsys):
+    base = tmp_path / "hot.yaml"
+    base.write_text("schema_version: 1\nname: hot\noffload: {tier: host, hot_cache: 0.1}\n")
+    given = ["--model", "qwen3-30b", "--gpu", "h200", "--profile", str(base), "--dry-run", "--json"]
+    assert main(given) == 0
+    host = next(cell for cell in json.loads(capsys.readouterr().out)["feasibility"] if cell["tier"] == "host")
+    assert main([*given[:4], *given[6:]]) == 0
+    bare = next(cell for cell in json.loads(capsys.readouterr().out)["feasibility"] if cell["tier"] == "host")
+    assert host["gpu_bytes"] > bare["gpu_bytes"]
+
+
 def test_without_any_weights_it_says_what_to_name(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HGA_MODELS", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
