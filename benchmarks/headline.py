@@ -10,7 +10,8 @@ and speed do not depend on their values. Paging does: random weights are routed 
 
 For each system and context: prefill in steps, then decode, one token after the other, each read by the host
 before the next. A system that runs out of memory says so, which is a result. Each point is written when it is
-done; `--limit` bounds its time, and a later call goes on with those that are missing.
+done; `--limit` bounds its time, and a later call goes on with those that are missing. A system keeps its
+compiled code from one context to the next where the code does not depend on it.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         help="compiles the prefill of the static cache",
     )
     add("--replay", type=Path, action="append", default=[], metavar="FILE", help="recorded routes")
+    add("--patience", type=float, default=20.0, help="seconds of decoded tokens that are enough, if 16")
     add("--limit", type=float, default=300.0, help="seconds for each point")
     add("--fresh", action="store_true", help="forget the points in the file")
     add("--device", default="cuda")
@@ -95,8 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     code = str(header["environment"]["code"])
     todo = [
         (name, context)
-        for context in contexts
         for name in SYSTEMS
+        for context in contexts
         if name in names and not results.has(name, context, code)
     ]
     if not todo:
@@ -139,13 +141,17 @@ def _run(
     longest = max(context for _, context in todo)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, longest), generator=generator).to(device)
+    kept: dict[str, Any] = {}
+    before = ""
     for name, context in todo:
         entry = SYSTEMS[name]
+        if name != before:
+            kept, before = {}, name
         profile, step = _settings(options, model, config, context, cap if entry.capped else None)
-        plan = Plan(step, options.steps, options.warmup, options.limit, cap)
+        plan = Plan(step, options.steps, options.warmup, options.limit, cap, options.patience)
         pairs = (setting.split("=", 1) for setting in options.set)
         given = {key: json.loads(value) for key, value in pairs}
-        setup = Setup(context, plan.new, profile, given, options.inner, options.dense_prefill)
+        setup = Setup(context, plan.new, profile, given, options.inner, options.dense_prefill, kept)
         print(f"{name} at {context:,} tokens, {step:,} a step", file=sys.stderr)
         maker = _replay_maker(options.replay, context + plan.new) if entry.routed else None
         point = measure(entry, model, ids[:, :context], setup, plan, maker)

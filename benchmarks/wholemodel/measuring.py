@@ -25,6 +25,9 @@ from wholemodel.systems import OPENING, Entry, Hga, Setup, System, Unavailable
 __all__ = ["Plan", "TimeLimit", "measure", "percentile"]
 
 
+_FEWEST = 16
+
+
 class TimeLimit(RuntimeError):
     """A point that took longer than it was given."""
 
@@ -43,6 +46,8 @@ class Plan:
     """Seconds for the point."""
     cap: int | None = None
     """Bytes of GPU memory that PyTorch may take."""
+    patience: float = math.inf
+    """Seconds after which a decode run of at least `_FEWEST` timed tokens is over."""
 
     @property
     def new(self) -> int:
@@ -79,7 +84,7 @@ def measure(
     """
     found: dict[str, Any] = {"status": "ok", "reason": "", "stage": "start", "reached": 0}
     system: System | None = None
-    _settle(plan, entry.capped)
+    _settle(plan, entry.capped, anew=not setup.kept)
     started, meter = time.perf_counter(), _Meter()
     try:
         with _limited(plan.limit), torch.no_grad():
@@ -147,8 +152,9 @@ def _decode(
 ) -> None:
     name = "decode" if replay is None else "decode_replayed"
     found["stage"] = name
-    done = 0 if replay is None else plan.warmup + plan.steps
-    token, seconds = ids[:, -1:].clone(), []
+    done = 0 if replay is None else plan.warmup + found["decode"]["steps"]
+    # Strides of its own: those of a piece of the prompt would be another graph than those of later tokens.
+    token, seconds = ids[:, -1:].clone(memory_format=torch.contiguous_format), []
     if replay is not None:
         replay.prepare([ids.shape[1] + done + number + 1 for number in range(plan.warmup + plan.steps)])
     meter.reset()
@@ -170,6 +176,8 @@ def _decode(
             seconds.append(time.perf_counter() - began)
         if replay is not None and not replay.calls:
             raise RuntimeError("no list was replayed: the steps run in no Triton kernel")
+        if len(seconds) >= _FEWEST and sum(seconds) > plan.patience:
+            break
     found[name] = {
         "steps": len(seconds),
         "median_ms": statistics.median(seconds) * 1e3,
@@ -209,8 +217,9 @@ def _near(system: System) -> int:
     return held.gpu_kv + held.index + held.hot if system.model.device.type == "cuda" else 0
 
 
-def _settle(plan: Plan, capped: bool) -> None:
-    torch.compiler.reset()
+def _settle(plan: Plan, capped: bool, anew: bool) -> None:
+    if anew:
+        torch.compiler.reset()
     gc.collect()
     STATES.collect()  # a cache that is gone leaves its memory to the next one, which may not be hga's
     if torch.cuda.is_available():

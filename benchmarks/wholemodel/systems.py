@@ -54,6 +54,8 @@ class Setup:
     """What compiles the rest of the model: inductor, or eager for none."""
     dense_prefill: str = "inductor"
     """The same for the prefill of the static cache, whose compilation takes minutes."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Compiled code that a system leaves for itself at the next context."""
 
 
 class System:
@@ -197,11 +199,14 @@ class Hga(System):
         super().__init__(model, setup)
         self.fallbacks: dict[str, int] = {}
         """Reasons, with their counts until counting began."""
-        torch.compiler.reset()
-        # One graph for prefill steps of every length, and one for decoding.
-        self._call: Any = torch.compile(
-            self.model, backend="hga", dynamic=True, options={"profile": self.profile, **_STILL}
-        )
+        # What is reserved and kept hot is the cache's own affair: graphs do not depend on it.
+        graphs = resolve_profile({**given, "offload.reserve_tokens": None, "offload.hot_cache": None})
+        if graphs.digest() not in setup.kept:
+            # One graph for prefill steps of every length, and one for decoding.
+            setup.kept[graphs.digest()] = torch.compile(
+                self.model, backend="hga", dynamic=True, options={"profile": graphs, **_STILL}
+            )
+        self._call: Any = setup.kept[graphs.digest()]
 
     def new_cache(self) -> Any:
         """Return an empty `HGACache`."""
@@ -212,7 +217,8 @@ class Hga(System):
     def prefill(self, ids: Tensor, begin: int) -> None:
         """See `System.prefill`."""
         call = self._call if begin else self.model
-        call(input_ids=ids.clone(), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        own = ids.clone(memory_format=torch.contiguous_format)
+        call(input_ids=own, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def decode(self, token: Tensor) -> Tensor:
         """See `System.decode`; positions are given, as `generate` gives them."""

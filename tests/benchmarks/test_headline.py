@@ -168,6 +168,11 @@ def test_what_is_measured(tiny):
     assert found["memory"]["gpu_kv"] == 2 * 2 * 68 * 2 * 16 * 4
 
 
+def test_a_slow_system_decodes_fewer_tokens(tiny):
+    found = run(tiny, SYSTEMS["dynamic"].make, Plan(step=16, steps=40, warmup=1, limit=60, patience=0.0))
+    assert found["status"] == "ok" and found["decode"]["steps"] == 16
+
+
 def test_percentiles_are_values_that_occurred():
     values = [float(number) for number in range(1, 201)]
     assert percentile(values, 0.99) == 198 and percentile(values, 0.5) == 100
@@ -253,10 +258,12 @@ def test_hga_in_the_whole_command(tmp_path):
 
     out = tmp_path / "out.json"
     command = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--inner", "eager", "--steps", "4",
-               "--warmup", "2", "--step", "256", "--json", str(out), "--systems", "hga", "--contexts", "768",
-               "--set", "routing.budget.fraction=0.1", "--set", "routing.dense_below=256"]  # fmt: skip
+               "--warmup", "2", "--step", "256", "--json", str(out), "--systems", "hga",
+               "--contexts", "768,1024", "--set", "routing.budget.fraction=0.1",
+               "--set", "routing.dense_below=256"]  # fmt: skip
     assert headline.main(command) == 0
-    (found,) = json.loads(out.read_text())["points"]
+    found, longer = json.loads(out.read_text())["points"]
+    assert found["prefill"]["compiled_steps"] == 1 and longer["prefill"]["compiled_steps"] == 0
     assert found["status"] == "ok" and found["routed"]["attended"] < 0.5
     assert found["memory"]["index"] > 0 and found["memory"]["host_kv"] > 0
     assert 0 < found["decode"]["pcie_bytes"] < found["memory"]["host_kv"] / 2
