@@ -92,9 +92,15 @@ class RoutedCandidate:
         dynamic: bool | None = None,
     ) -> None:
         from hga_compile.configs.loader import resolve_profile
+        from hga_compile.kernels.dispatch import triton_serves
 
         self.profile = resolve_profile(options)
         self.model, self.advance = model, advance
+        self.piece = STEP
+        """Tokens of a forward pass over decoded tokens."""
+        if triton_serves(self.profile.compile.kernels, model.device, model.dtype, channels=1):
+            # Triton has no kernels for many queries that are routed by themselves, and steps are recorded.
+            self.piece = 1
         self.compiled: Any = torch.compile(model, backend="hga", dynamic=dynamic, options=dict(options))
 
     def cache(self) -> Any:
@@ -107,7 +113,7 @@ class RoutedCandidate:
         """See `Candidate.decode`; every query is routed, each over the tokens before it."""
         cache = fill_cache(self.cache(), dense, prefix)
         self._reset()
-        return self._outcome(self._score(queries, cache))
+        return self._outcome(self._score(queries, cache, self.piece))
 
     def whole(self, ids: Tensor, scored: int) -> Outcome:
         """See `Candidate.whole`; every query is routed, in steps of `STEP` tokens."""
@@ -119,15 +125,15 @@ class RoutedCandidate:
         self._reset()
         for begin in range(opening, body, STEP):
             self._step(ids[:, begin : min(begin + STEP, body)], cache, KEEP)
-        return self._outcome(self._score(ids[:, body:], cache))
+        return self._outcome(self._score(ids[:, body:], cache, STEP))
 
     def _reset(self) -> None:
         import hga_compile
 
         hga_compile.reset_report()
 
-    def _score(self, ids: Tensor, cache: Any) -> Tensor:
-        pieces = [self._step(piece, cache, piece.shape[1]) for piece in torch.split(ids, STEP, dim=1)]
+    def _score(self, ids: Tensor, cache: Any, step: int) -> Tensor:
+        pieces = [self._step(piece, cache, piece.shape[1]) for piece in torch.split(ids, step, dim=1)]
         return torch.cat(pieces)
 
     def _step(self, ids: Tensor, cache: Any, keep: int) -> Tensor:

@@ -49,6 +49,18 @@ def test_decode_leaves_the_reference_for_the_next_row(tiny_model, reference):
     assert reference.cache.get_seq_length() == 159
 
 
+def test_decoding_token_by_token_is_the_same_as_in_one_pass(tiny_model, reference):
+    candidate = RoutedCandidate(tiny_model, {"profile": "default", **FEW}, dynamic=True)
+    assert candidate.piece > 40  # Triton's interpreter apart, a CPU's kernels take many queries
+    whole = run_mode(candidate, "decode", reference)
+    told = []
+    candidate.piece, candidate.advance = 1, told.append
+    single = run_mode(candidate, "decode", reference)
+    torch.testing.assert_close(single.logits, whole.logits, rtol=1e-4, atol=1e-4)
+    assert single.use.attended == whole.use.attended
+    assert told == [1] * 40
+
+
 def test_rows_of_one_model_keep_their_own_profiles(tiny_model, reference):
     options = ({**SMALL, "budget": 16}, {**SMALL, "budget": 64})
     few, many = (RoutedCandidate(tiny_model, {"profile": "default", **o}) for o in options)
