@@ -40,6 +40,8 @@ class _Stored:
     """Where a store that is opened by code that is not compiled keeps its rows; None: with the K/V."""
     kernels: Kernels = "auto"
     """What moves rows that are stored by code that is not compiled."""
+    expected: tuple[int, int] | None = None
+    """Group size and number of the layer in whose pages such rows are stored; None: as a site says later."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.handle: Tensor | None = None
@@ -230,6 +232,8 @@ class _Stored:
         if self.place is not None and not torch.compiler.is_compiling():
             state = self.state
             state.tier, state.place = self.place.home, self.place
+            if self.expected is not None:
+                state.expect(*self.expected)
 
     def _read(self) -> tuple[Tensor, Tensor]:
         batch, heads, dim, value_dim = self.sizes
@@ -344,7 +348,8 @@ class HGACache(DynamicCache):
         Of the model.
     profile : Profile, str, path or None
         Whose `offload` says where the K/V start, and whose `compile.kernels` move them; None: environment and
-        built-in default.
+        built-in default. A given one is the cache's own: what is reserved for it and kept hot stays as it
+        says where the compiled model's profile has the same tier, `offload.kv_dtype` and group size.
 
     Raises
     ------
@@ -362,11 +367,14 @@ class HGACache(DynamicCache):
                 self.layers[number] = HGALayer()
             elif type(layer) is DynamicSlidingWindowLayer:
                 self.layers[number] = HGASlidingLayer(sliding_window=layer.sliding_window)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             if isinstance(layer, _Stored):
                 layer.stored = True
                 layer.place = self.profile.offload
                 layer.kernels = self.profile.compile.kernels
+                if profile is not None:
+                    routing = self.profile.routing.for_layer(number, len(self.layers))
+                    layer.expected = routing.group_size, number
 
     def save(self, path: str | os.PathLike[str], model: str | None = None) -> None:
         """Write the cache to a file, which `load` reads in any process.

@@ -64,6 +64,29 @@ def test_an_explicit_cache_keeps_its_rows_on_files_from_the_first_token_on(model
     assert states == {"NvmePages"}
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_what_is_reserved_is_the_caches_own_affair_if_it_was_given_a_profile(
+    model, given, monkeypatch, recompile
+):
+    from hga_compile.configs.loader import resolve_profile
+
+    own = resolve_profile({**TIGHT, "tier": "host", "offload.reserve_tokens": 512})
+    if not given:
+        monkeypatch.setattr("hga_compile.cache.resolve_profile", lambda _: own)
+    cache = HGACache(model.config, profile=own if given else None)
+    options = {**TIGHT, "tier": "host", "offload.reserve_tokens": 1024}
+    compiled = torch.compile(model, backend="hga", dynamic=True, options=options)
+    prompt = tokens(1, PROMPT)
+    with torch.no_grad():
+        model(prompt[:, :2], past_key_values=cache)
+        opened = [layer.state.pages for layer in cache.layers]
+        compiled(prompt[:, 2:], past_key_values=cache)
+    pages = [layer.state.pages for layer in cache.layers]
+    assert [one.place.reserve_tokens for one in pages] == [512 if given else 1024] * len(pages)
+    # Nor were the rows copied to other pages.
+    assert given == all(one is before for one, before in zip(pages, opened, strict=True))
+
+
 @pytest.mark.parametrize("tier", ["host", pytest.param("nvme", marks=pytest.mark.slow)])
 def test_a_request_without_room_ends_and_the_next_one_is_right(model, tier, tmp_path, monkeypatch, recompile):
     short, long = tokens(1, 64, seed=3), tokens(1, 600)

@@ -15,6 +15,7 @@ from wholemodel.results import Results
 from wholemodel.shape import build, config_of, weight_bytes
 from wholemodel.systems import SYSTEMS, Entry, Setup, System, Unavailable
 
+from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
 
 CPU = torch.device("cpu")
@@ -103,6 +104,19 @@ def test_a_dense_system_decodes_as_transformers_does(tiny, name):
             system.prefill(ids[:, begin : {0: 2, 2: 31, 31: 60}[begin]], begin)
         assert torch.equal(system.decode(ids[:, -1:]), want)
     assert system.held().gpu_kv == 2 * 2 * 61 * 2 * 16 * 4
+
+
+def test_contexts_share_compiled_code_but_not_what_is_reserved(tiny):
+    kept, held = {}, []
+    profile = resolve_profile({"offload.tier": "host"})
+    for context in (96, 160):
+        ids = torch.randint(128, (1, context))
+        with torch.no_grad():
+            system = SYSTEMS["hga"].make(tiny, Setup(context, 4, profile, inner="eager", kept=kept))
+            system.prefill(ids[:, :2], 0)
+            system.prefill(ids[:, 2:], 2)
+        held += [layer.state.pages.place.reserve_tokens for layer in system.cache.layers]
+    assert held == [100, 100, 164, 164] and len(kept) == 1
 
 
 class Broken(System):
