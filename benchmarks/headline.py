@@ -30,17 +30,14 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from wholemodel.measuring import Plan, measure
 from wholemodel.picture import draw
+from wholemodel.planned import facts, planned
 from wholemodel.replay import Replay
 from wholemodel.results import Results
-from wholemodel.shape import SHAPES, build, config_of, weight_bytes
+from wholemodel.shape import SHAPES, build, config_of
 from wholemodel.systems import SYSTEMS, Dense, Hga, Setup
 
-from hga_compile.configs.cards import ModelCard
-from hga_compile.configs.catalogue import gpu_card
 from hga_compile.configs.loader import resolve_profile
 from hga_compile.configs.profile import Profile
-from hga_compile.tuning.defaults import pick_defaults
-from hga_compile.tuning.target import card_of_config
 
 WHOLE = 65536  # tokens a step of a dense prefill whose memory is not capped: the more, the faster
 
@@ -115,16 +112,10 @@ def _results(options: argparse.Namespace, config: Any, cap: int) -> tuple[dict[s
     keys = ("steps", "warmup", "profile", "set", "inner", "dtype")
     settings = {key: getattr(options, key) for key in keys}
     settings |= {"cap": cap, "replay": [path.name for path in options.replay]}
-    card = _card(config, options.shape)
-    layers = "" if options.layers is None else f", {options.layers} layers"
-    facts = {
-        "name": f"random weights, the shape of {options.shape}{layers}",
-        **card.geometry.model_dump(mode="json"),
-    }
     header = {
         "benchmark": "headline",
         "environment": environment(options.device),
-        "model": facts,
+        "model": facts(config, options.shape, options.layers),
         "settings": settings,
     }
     return header, Results(options.json, header, options.fresh)
@@ -170,21 +161,7 @@ def _settings(
     profile = resolve_profile({"profile": options.profile, "offload.tier": "host"})
     if cap is None:
         return profile, options.step or min(WHOLE, context)
-    memory = gpu_card("rtx5090").memory.model_copy(update={"value": cap})
-    reserved = gpu_card("rtx5090").reserved.model_copy(update={"value": 1})
-    # The host memory is this machine's own affair: what it has not got is found out by running.
-    card = gpu_card("rtx5090").model_copy(update={"memory": memory, "reserved": reserved})
-    host = card.host_memory.model_copy(update={"value": 2**40})
-    card = card.model_copy(update={"host_memory": host})
-    picked = pick_defaults(
-        _card(config, options.shape), card, profile, context, step=options.step,
-        weight_bytes=weight_bytes(model),
-    )  # fmt: skip
-    return picked.profile, picked.step
-
-
-def _card(config: Any, name: str) -> ModelCard:
-    return card_of_config(config.to_dict(), name, "the benchmark's own config")
+    return planned(model, config, options.shape, profile, context, cap, options.step)
 
 
 def _replay_maker(paths: list[Path], length: int) -> Any:

@@ -255,6 +255,31 @@ def headline(result: dict[str, Any]) -> str:
     )
 
 
+def batch(result: dict[str, Any]) -> str:
+    """Several requests at once: memory and speed of each system by their number."""
+    headings = ("requests", "what", "GPU memory", "K/V there", "index", "hot cache", "prefill, tokens/s")
+    headings += ("ms a step", "p99", "MB over PCIe a step", "hits", "tokens/s", "join, s", "split, s")
+    rows = []
+    for point in result["points"]:
+        first = (str(point["requests"]), point["label"])
+        if point["status"] != "ok":
+            told = f"{point['status']} in {point['stage']}"
+            rows.append((*first, told, *["-"] * (len(headings) - 3)))
+            continue
+        run, rate = point["decode"], point["prefill"]["tokens_per_second"]
+        memory = [f"{point['memory'][name] / 2**30:.2f}" for name in ("reserved", "gpu_kv", "index", "hot")]
+        speed = (*_token_times(run), f"{run['tokens_per_second']:,.1f}")
+        copies = (f"{point[key]:.1f}" if key in point else "-" for key in ("join_seconds", "split_seconds"))
+        rows.append((*first, *memory, f"{rate:,.0f}" if rate else "-", *speed, *copies))
+    settings = result["settings"]
+    least = min(min(point["lengths"]) for point in result["points"])
+    lengths = f"{least:,} to " if least < settings["context"] else ""
+    return (
+        f"{markdown(headings, rows, 2)}\n\nIn GiB, with a cap of {settings['cap'] / 2**30:g} GiB; prompts of "
+        f"{lengths}{settings['context']:,} tokens, read one by one, decoded together. Tokens/s: of all."
+    )
+
+
 def decode_counters(result: dict[str, Any]) -> str:
     """Hardware counters of a decode step's kernels."""
     headings = ("kernel", "batch", "tokens", "us, alone", "of DRAM's peak", "of arithmetic's", "issue slots")
@@ -294,6 +319,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prefill_attention": prefill_attention,
     "summarize": summarize,
     "headline": headline,
+    "batch": batch,
     "decode_counters": decode_counters,
 }
 

@@ -32,6 +32,7 @@ class _Reads:
 
     tokens: int | None = None
     fixed: bool = False
+    starts: tuple[int, ...] = ()
 
 
 _reads = _Reads()
@@ -40,14 +41,17 @@ torch.library.define("wholemodel::attend", "(Tensor query, Tensor key, Tensor va
 
 
 @contextmanager
-def static_cache(tokens: int | None) -> Iterator[None]:
-    """Have attention read the first `tokens` of a static cache; None: all of it, whatever its length."""
-    before = (_reads.tokens, _reads.fixed)
-    _reads.tokens, _reads.fixed = tokens, tokens is None
+def static_cache(tokens: int | None, starts: tuple[int, ...] = ()) -> Iterator[None]:
+    """Have attention read the first `tokens` of a static cache; None: all of it, whatever its length.
+
+    With `starts`, a number for each sequence, what is ahead of it there is padding, which is not read.
+    """
+    before = (_reads.tokens, _reads.fixed, _reads.starts)
+    _reads.tokens, _reads.fixed, _reads.starts = tokens, tokens is None, starts
     try:
         yield
     finally:
-        _reads.tokens, _reads.fixed = before
+        _reads.tokens, _reads.fixed, _reads.starts = before
 
 
 @torch.library.register_fake("wholemodel::attend")
@@ -60,6 +64,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     # The op is opaque to the compiler: a length that changes with every step is no reason to compile again.
     if _reads.tokens is not None:
         key, value = key[:, :, : _reads.tokens], value[:, :, : _reads.tokens]
+    if not _reads.starts:
+        return _dense(query, key, value, scale)
+    # One after the other: of PyTorch's kernels the fast ones take no mask, and read no padding so.
+    own = [slice(number, number + 1) for number in range(len(query))]
+    parts = [
+        _dense(query[one], key[one, :, start:], value[one, :, start:], scale)
+        for one, start in zip(own, _reads.starts, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     new, tokens = query.shape[2], key.shape[2]
     bias = causal_lower_right(new, tokens) if 1 < new < tokens else None
     given: dict[str, Any] = {"attn_mask": bias, "scale": scale, "enable_gqa": True}

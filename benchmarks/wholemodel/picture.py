@@ -1,11 +1,11 @@
-"""GPU memory and time a token against the context, all systems."""
+"""GPU memory and time a token against the context, and tokens a second against requests at once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_batches"]
 
 _COLOURS = {
     "hga": "#0a6cbc", "hga-gpu": "#58a5dd", "dense": "#555555", "dense-uncapped": "#999999",
@@ -62,6 +62,39 @@ def draw(points: list[dict[str, Any]], target: Path, cap: int | None) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     speed.legend(fontsize=7)
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+
+
+def draw_batches(points: list[dict[str, Any]], target: Path) -> None:
+    """Draw tokens a second of all requests; a cross marks a number of them that ran out of memory.
+
+    Parameters
+    ----------
+    points
+        Of `batch.py`.
+    target
+        The PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4.4), layout="constrained")
+    for name in dict.fromkeys(point["system"] for point in sorted(points, key=lambda one: one["order"])):
+        mine = [one for one in points if one["system"] == name]
+        done = [one for one in mine if one["status"] == "ok"]
+        rates, drawn = [one["decode"]["tokens_per_second"] for one in done], {"color": _COLOURS.get(name)}
+        axes.plot([one["requests"] for one in done], rates, "o-", label=mine[0]["label"], **drawn)
+        short = [one["requests"] for one in mine if one["status"].startswith("out of")]
+        axes.plot(short, [0] * len(short), "x", ms=9, mew=2, clip_on=False, **drawn)
+    ticks = sorted({one["requests"] for one in points})
+    axes.set(xlabel="requests at once", xscale="log", ylabel="decoded tokens/s, all requests", ylim=(0, None))
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(target, dpi=150)
     plt.close(figure)
 

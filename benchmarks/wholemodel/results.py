@@ -1,4 +1,4 @@
-"""Points of `headline.py` on disk: what is there is kept, what is measured again takes its place."""
+"""Points of a whole model on disk: what is there is kept, what is measured again takes its place."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Results:
         Benchmark, environment, model and settings.
     fresh : bool
         Forget what is there.
+    by : str
+        The number that tells the points of a system apart.
 
     Raises
     ------
@@ -29,8 +31,8 @@ class Results:
         The file has points of another model or of other settings.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], fresh: bool = False) -> None:
-        self.path, self.header = path, header
+    def __init__(self, path: Path, header: dict[str, Any], fresh: bool = False, by: str = "context") -> None:
+        self.path, self.header, self.by = path, header, by
         self.points: list[dict[str, Any]] = []
         if fresh or not path.is_file():
             return
@@ -43,18 +45,20 @@ class Results:
                 )
         self.points = old["points"]
 
-    def has(self, system: str, context: int, code: str) -> bool:
+    def has(self, system: str, number: int, code: str) -> bool:
         """Say whether a point was measured with this code, and came to an end of its own."""
         done = ("ok", "out of memory", "out of host memory", "unavailable")
         return any(
             point["code"] == code and point["status"] in done
             for point in self.points
-            if (point["system"], point["context"]) == (system, context)
+            if self._key(point) == (system, number)
         )
 
     def add(self, point: dict[str, Any]) -> None:
         """Put a point in and write the file."""
-        key = (point["system"], point["context"])
-        self.points = [old for old in self.points if (old["system"], old["context"]) != key]
-        self.points = sorted([*self.points, point], key=lambda one: (one["context"], one["order"]))
+        self.points = [old for old in self.points if self._key(old) != self._key(point)]
+        self.points = sorted([*self.points, point], key=lambda one: (one[self.by], one["order"]))
         write_json(self.path, {**self.header, "points": self.points})
+
+    def _key(self, point: dict[str, Any]) -> tuple[str, int]:
+        return point["system"], point[self.by]

@@ -171,8 +171,10 @@ class Dense(System):
     def prefill(self, ids: Tensor, begin: int) -> None:
         """See `System.prefill`; buffers are made by code that is not compiled."""
         call = self._prefill if begin else self.model
+        # Strides of its own: where a piece lies in the prompt would be another graph for each.
+        own = ids.clone(memory_format=torch.contiguous_format)
         with static_cache(begin + ids.shape[1]):
-            call(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            call(input_ids=own, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def decode(self, token: Tensor) -> Tensor:
         """See `System.decode`."""

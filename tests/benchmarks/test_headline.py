@@ -307,4 +307,4 @@ def test_a_gpu_that_is_not_there_is_named(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert headline.main([]) == 1
     assert "a CUDA device wanted, got none" in capsys.readouterr().err
-    assert measuring._Meter().peak() == 0
+    assert measuring.Meter().peak() == 0
