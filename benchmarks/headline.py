@@ -160,7 +160,8 @@ def _settings(
     """Return what `hga run` would pick under the cap: the hot cache and the prefill step."""
     profile = resolve_profile({"profile": options.profile, "offload.tier": "host"})
     if cap is None:
-        return profile, options.step or min(WHOLE, context)
+        # Two steps at least: the first one compiles, and is not counted.
+        return profile, options.step or min(WHOLE, -(-context // 2))
     return planned(model, config, options.shape, profile, context, cap, options.step)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from hga_compile.kernels.device_step import DeviceStep, NotReplayed, StepCosts, count_steps, stepping
 from hga_compile.kernels.ledger import LEDGER
 from hga_compile.kernels.states import STATES
+from hga_compile.kernels.stretch import last_position
 from hga_compile.passes.replayable import StepForm
 from hga_compile.store.errors import StoreError
 from hga_compile.store.layer import LayerStore
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 # Steps that follow each other on one cache before they are recorded: kernels are compiled by then, and short
 # answers are over.
 _WAIT = 8
-# Tokens that a recorded graph has room for at least, and whole numbers of which it has room for.
-_ROOM, _STRETCH = 512, 2048
 # Bytes of inputs that may be copied before each replay: tokens, positions and embeddings, but no weights.
 _COPIED = 2**23
 
@@ -197,7 +196,7 @@ class Replay:
         there = read(inputs)
         if sum(inputs[i].nbytes for i in copied) > _COPIED:
             raise NotReplayed("weights that are brought to the GPU at every step")
-        last = -(-(length + _ROOM) // _STRETCH) * _STRETCH
+        last = last_position(length)
         step = DeviceStep(length - 1, last, device)
         for state, site in zip(states, self.form.sites, strict=True):
             prepare(state, step, site.config)

@@ -35,10 +35,12 @@ class LayerIndex:
         Settings of the layer.
     kernels : {"auto", "triton", "native", "reference"}
         What summarises and scores (`compile.kernels`).
+    room : int
+        Tokens that are known to come: the summaries of their groups do not grow by copies.
     """
 
-    def __init__(self, routing: Routing, kernels: Kernels = "auto") -> None:
-        self.routing, self.kernels = routing, kernels
+    def __init__(self, routing: Routing, kernels: Kernels = "auto", room: int = 0) -> None:
+        self.routing, self.kernels, self.room = routing, kernels, room
         self.groups: Summary | None = None
         self.chunks: ChunkSummary | None = None
         self.tail: TailSummary | None = None
@@ -90,6 +92,7 @@ class LayerIndex:
             if length < routing.centre_tokens:
                 return
             self.groups = make_summary(routing, self._centre(length, read, key_mask), self.kernels)
+            self.groups.expect(self.room)
         done = self.groups.groups * routing.group_size
         end = length - length % routing.group_size
         if end > done:
@@ -126,7 +129,7 @@ class LayerIndex:
 
     def emptied(self) -> "LayerIndex":
         """Return an index without summaries that makes the same ones again from the same K/V."""
-        other = LayerIndex(self.routing, self.kernels)
+        other = LayerIndex(self.routing, self.kernels, self.room)
         # What was noted is replaced, never written to: both may hold it.
         other.queries = None if self.queries is None else replace(self.queries)
         return other

@@ -109,6 +109,14 @@ class LowBitSummary:
         """What kernels for a GPU score by: codes and scales."""
         return self.codes, self.scales
 
+    def expect(self, tokens: int) -> None:
+        """See `summaries.Summary`."""
+        used = self.groups * self.group_size
+        self._codes = grown(self._codes, used, tokens, 1 if self._bytes_last else 2, slack=False)
+        self.scales = grown(self.scales, used, tokens, 1, slack=False)
+        if self.centres is not None:
+            self.centres.reserve(tokens)
+
     def append(self, keys: Tensor) -> None:
         """Encode the keys of complete groups; ``[rows, tokens, dim]``."""
         used, new = self.groups * self.group_size, keys.shape[1]
@@ -139,8 +147,7 @@ class LowBitSummary:
             Of the sequence at most.
         """
         used, new = self.groups * self.group_size, keys.shape[1]
-        self._codes = grown(self._codes, used, tokens, 1)
-        self.scales = grown(self.scales, used, tokens, 1)
+        self.expect(tokens)
         self.scales[:, used:] = 0
         if new:
             self._encode(keys, used)

@@ -50,6 +50,10 @@ class MeanSummary:
         """What kernels for a GPU score by: means, without scales."""
         return self.means, None
 
+    def expect(self, tokens: int) -> None:
+        """See `summaries.Summary`."""
+        self.means = grown(self.means, self.groups, tokens // self.group_size, 1, slack=False)
+
     def append(self, keys: Tensor) -> None:
         """Summarise the keys of complete groups; ``[rows, tokens, dim]``."""
         new = keys.shape[1] // self.group_size

@@ -29,6 +29,9 @@ class Summary(Protocol):
     centres: BlockCentres | None
     """Centres of blocks, which must be known before keys are summarised; None: it needs none."""
 
+    def expect(self, tokens: int) -> None:
+        """Make room for the complete groups of a sequence of `tokens` tokens, and for no more."""
+
     def append(self, keys: Tensor) -> None:
         """Summarise ``[rows, tokens, dim]`` keys that follow on; `tokens` is a multiple of the group size."""
 
@@ -97,12 +100,15 @@ def make_summary(routing: Routing, centre: Tensor, kernels: Kernels = "auto") ->
     return _KINDS[routing.summary](routing, centre, kernels)
 
 
-def grown(buffer: Tensor, used: int, needed: int, dim: int) -> Tensor:
-    """Return `buffer` with room for `needed` entries along `dim`, its first `used` ones kept."""
+def grown(buffer: Tensor, used: int, needed: int, dim: int, slack: bool = True) -> Tensor:
+    """Return `buffer` with room for `needed` entries along `dim`, its first `used` ones kept.
+
+    Without `slack` there is room for no more: who calls knows how many there will be.
+    """
     if needed <= buffer.shape[dim]:
         return buffer
     shape = list(buffer.shape)
-    shape[dim] = max(needed, shape[dim] + shape[dim] // 4 + 64)
+    shape[dim] = max(needed, shape[dim] + shape[dim] // 4 + 64) if slack else needed
     larger = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
     larger.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
     return larger

@@ -96,7 +96,7 @@ def plan_memory(
     parts = _weights(card, gpu, weight_bytes, ram_layers)
     pages = index = dense = hot = tails = 0
     slots: dict[int, int] = {}
-    tokens = _arrivals(context, step)
+    tokens, reserved = _arrivals(context, step), offload.reserve_tokens or 0
     for layer in _full_layers(card):
         own = routing.for_layer(layer, shape.layers)
         if routing.is_dense(layer, shape.layers):
@@ -107,10 +107,10 @@ def plan_memory(
             pages, tails = pages + filed.file, tails + filed.tail
             slots[filed.page] = slots.get(filed.page, 0) + filed.file // filed.page
         else:
-            pages += _page_bytes(tokens, rows, stored, own.group_size, offload.reserve_tokens or 0)
+            pages += _page_bytes(tokens, rows, stored, own.group_size, reserved)
         if offload.hot_cache and place == "host":
             hot += _hot_bytes(offload.hot_cache, own, tokens, rows, stored)
-        index += _index_bytes(own, tokens, rows, shape.heads // shape.kv_heads, shape.head_dim)
+        index += _index_bytes(own, tokens, rows, shape.heads // shape.kv_heads, shape.head_dim, reserved)
     slides = shape.layers - shape.full_layers
     if slides:
         kept = min(context, (shape.window or 0) - 1 + step)

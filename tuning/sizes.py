@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hga_compile.configs.profile import Offload
 from hga_compile.configs.routing import CENTRE_BLOCK, Routing
+from hga_compile.kernels.stretch import last_position
 
 __all__ = [
     "Filed",
@@ -95,7 +96,9 @@ def page_bytes(tokens: Sequence[int], rows: int, row_bytes: int, group_size: int
     return capacity((-(-count // group_size) for count in tokens), first) * group_size * rows * row_bytes
 
 
-def index_bytes(routing: Routing, tokens: Sequence[int], rows: int, heads: int, dim: int) -> int:
+def index_bytes(
+    routing: Routing, tokens: Sequence[int], rows: int, heads: int, dim: int, reserved: int = 0
+) -> int:
     """Return the bytes of one layer's index.
 
     Parameters
@@ -106,20 +109,24 @@ def index_bytes(routing: Routing, tokens: Sequence[int], rows: int, heads: int, 
         Tokens stored after each forward pass.
     rows, heads, dim : int
         KV heads times batch, query heads of one, channels.
+    reserved : int
+        `offload.reserve_tokens`; 0: null.
     """
     # The index is made in the first pass that routes.
     tokens = [count for count, alone in _routed(routing, tokens) if alone or routing.prefill == "routed"]
     if not tokens:
         return 0
     group, chunk = routing.group_size, routing.chunk_size
+    room = last_position(reserved) if reserved else 0
     if routing.summary == "lowbit":
         packed, coded = -(-dim * routing.bits // 8), [count - count % group for count in tokens]
-        found = rows * (capacity(coded) * (packed + 2) + dim * 4)
+        found = rows * (capacity((room, *coded), room) * (packed + 2) + dim * 4)
         if routing.centre == "block":
-            blocks = capacity((1, *(-(-count // CENTRE_BLOCK) for count in coded)), first=1, least=4)
+            known = (-(-count // CENTRE_BLOCK) for count in (room, *coded))
+            blocks = capacity((1, *known), first=1, least=4)
             found += rows * blocks * dim * 2
     else:
-        found = rows * capacity(count // group for count in tokens) * dim * 2
+        found = rows * capacity((count // group for count in (room, *tokens)), room // group) * dim * 2
     chunks = [count // chunk for count in tokens if routing.uses_chunks(count)]
     if chunks:
         found += rows * capacity(count * routing.chunk_parts for count in chunks) * dim * 2

@@ -20,6 +20,8 @@ __all__ = ["Pages"]
 
 # Shares of the RAM that is left, of which a layer takes one at most before it needs it.
 _SHARES = 256
+# Tokens by which host memory grows past what was reserved.
+_BEYOND = 4096
 # Tokens that a kernel moves to and from pinned memory itself; the copy engine moves more of them.
 _FEW = 64
 
@@ -127,6 +129,8 @@ class Pages:
             # Other layers have to grow too: none takes much of what is left before it needs it.
             group = self.rows * self.group_size * (self.dim + self.v_dim) * self.dtype.itemsize
             slack = min(slack, needed + self._lease.memory.spare(self._lease.budget) // (_SHARES * group))
+            if self.place.reserve_tokens:
+                slack = min(slack, needed + _BEYOND // self.group_size)  # what comes beyond them is little
         self._grow(max(needed, slack))
 
     def truncate(self, length: int) -> None:

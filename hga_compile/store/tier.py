@@ -1,6 +1,6 @@
 """What every tier is to the layer that keeps its K/V there: three homes, one interface."""
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ Pair = tuple[Tensor, Tensor]
 """Keys and values."""
 
 Home = Literal["gpu", "host", "nvme"]
+
+_STEP = 2**22
+"""Numbers that room for many is a multiple of."""
 
 
 class Held(NamedTuple):
@@ -120,6 +123,12 @@ class Tier(Protocol):
 
 def room_for(tier: Tier, tokens: int, rows: slice | None = None) -> Pair:
     """Return ``[rows, tokens, dim]`` and ``[rows, tokens, v_dim]`` on the compute device, to be written."""
-    kind: dict[str, Any] = {"dtype": tier.dtype, "device": tier.compute}
     count = tier.rows if rows is None else rows.stop - rows.start
-    return torch.empty(count, tokens, tier.dim, **kind), torch.empty(count, tokens, tier.v_dim, **kind)
+
+    def room(dim: int) -> Tensor:
+        numbers = count * tokens * dim
+        # In steps: what a prefill step has given back then fits the next one, whose history is longer.
+        whole = -(-numbers // _STEP) * _STEP if numbers > _STEP else numbers
+        return torch.empty(whole, dtype=tier.dtype, device=tier.compute)[:numbers].view(count, tokens, dim)
+
+    return room(tier.dim), room(tier.v_dim)

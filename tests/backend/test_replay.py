@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import hga_compile
 from hga_compile import HGACache
 from hga_compile import replay as replay_module
+from hga_compile.kernels import stretch
 from hga_compile.kernels.device_step import current_step
 from hga_compile.kernels.ledger import LEDGER
 
@@ -83,8 +84,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch, place: torch.device) -> Again:
     found = Graphs() if place.type == "cuda" else Again()
     monkeypatch.setattr(replay_module, "RECORDER", found)
     monkeypatch.setattr(replay_module, "_WAIT", 2)
-    monkeypatch.setattr(replay_module, "_ROOM", 4)
-    monkeypatch.setattr(replay_module, "_STRETCH", 8)
+    monkeypatch.setattr(stretch, "_ROOM", 4)
+    monkeypatch.setattr(stretch, "_STRETCH", 8)
     return found
 
 
@@ -311,7 +312,7 @@ def test_steps_whose_routes_are_recorded_run_as_they_are(
 def test_replayed_steps_make_the_centres_of_blocks_that_begin(
     model: Any, place: torch.device, recorder: Again, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(replay_module, "_ROOM", 16)
+    monkeypatch.setattr(stretch, "_ROOM", 16)
     options = {"routing.centre": "block", "routing.group_size": size}
     ids = torch.randint(0, 97, (1, 121), generator=torch.Generator().manual_seed(1)).to(place)
     caches = [HGACache(model.config) for _ in range(2)]

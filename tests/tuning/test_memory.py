@@ -41,18 +41,21 @@ RECORDED = Path(__file__).parents[2] / "benchmarks/results/gpu_memory.json"
     ],
     ids=["default", "wide", "late-centre", "paper", "chunks", "tail", "dense-prefill", "blocks", "tokens"],
 )
-def test_a_layers_index_and_pages_are_as_large_as_computed(routing, context, step):
-    store, counts = LayerStore("host"), arrivals(context, step, decoded=5)
+@pytest.mark.parametrize("reserved", [0, 500, 5000])
+def test_a_layers_index_and_pages_are_as_large_as_computed(routing, context, step, reserved):
+    place, counts = Offload(reserve_tokens=reserved or None), arrivals(context, step, decoded=5)
+    store = LayerStore("host", place)
     torch.manual_seed(0)
     before = 0
     for count in counts:
         new = count - before
         key, value = torch.randn(2, 1, ROWS, new, DIM)
         query, before = torch.randn(1, ROWS * HEADS, new, DIM), count
-        store.attend(query, key, value, count, None, DIM**-0.5, SiteConfig(0, "host", routing, "reference"))
+        site = SiteConfig(0, "host", routing, "reference", place)
+        store.attend(query, key, value, count, None, DIM**-0.5, site)
     held = store.nbytes()
-    assert held.summaries == index_bytes(routing, counts, ROWS, HEADS, DIM)
-    assert held.host == page_bytes(counts, ROWS, 2 * DIM * 4, routing.group_size)
+    assert held.summaries == index_bytes(routing, counts, ROWS, HEADS, DIM, reserved)
+    assert held.host == page_bytes(counts, ROWS, 2 * DIM * 4, routing.group_size, reserved)
 
 
 @pytest.mark.parametrize("reserved", [300, 5000])
