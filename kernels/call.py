@@ -15,7 +15,7 @@ from hga_compile.kernels.dispatch import Need, Way, choose, preferred
 from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.index import LayerIndex
 from hga_compile.kernels.ledger import LEDGER, RouteRecord, Use
-from hga_compile.kernels.plan import QueryPlan, plan_queries
+from hga_compile.kernels.plan import QueryPlan, plan_left_padded, plan_queries
 from hga_compile.kernels.route import Chosen, choose_groups
 from hga_compile.kernels.scoring import Scoring
 from hga_compile.kernels.staging import rows_at_once
@@ -119,10 +119,16 @@ class Padding:
             return None
         return Padding(mask, bool((host[:, 1:] >= host[:, :-1]).all()), host)
 
-    def starts(self, length: int) -> Tensor:
-        """Return the first real token of each sequence, `length` without one: ``[batch, 1]`` on the CPU."""
+    @cached_property
+    def starts(self) -> Tensor:
+        """First real token of each sequence, the number of tokens without one: ``[batch, 1]`` on the CPU."""
         first = self.host.to(torch.int8).argmax(1, keepdim=True)
-        return first.masked_fill(~self.host.any(1, keepdim=True), length)
+        return first.masked_fill(~self.host.any(1, keepdim=True), self.host.shape[1])
+
+    @cached_property
+    def lead(self) -> tuple[int, ...]:
+        """`starts` as numbers."""
+        return tuple(self.starts.flatten().tolist())
 
     def rows(self, rows: int) -> Tensor:
         """Return the mask per row, ``[rows, tokens]``."""
@@ -212,8 +218,11 @@ class Call:
 
     def plan(self, first: int, queries: int) -> QueryPlan:
         """Plan a run of its queries, the first of them at position `first`."""
-        mask = None if self.padding is None else self.padding.host[:, : first + queries]
-        return plan_queries(self.routing, first, queries, mask)
+        if self.padding is None:
+            return plan_queries(self.routing, first, queries, None)
+        if self.padding.left:
+            return plan_left_padded(self.routing, first, queries, self.padding.lead)
+        return plan_queries(self.routing, first, queries, self.padding.host[:, : first + queries])
 
     def extend(self) -> None:
         """Bring the index up to date."""

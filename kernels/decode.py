@@ -91,7 +91,7 @@ def _gpu_step(call: Call, plan: QueryPlan) -> Tensor | None:
     chunks = call.index.chunks if routing.uses_chunks(call.length) else None
     starts = None
     if padding is not None:
-        starts = padding.starts(call.length)
+        starts = padding.starts
         # Their groups could not be counted without a wait.
         if chunks is not None and not chunks_suffice(routing, plan):
             give_up(call.kernels, call.way, "chunks of a padded row that may hold too few groups")

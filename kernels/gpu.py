@@ -93,7 +93,7 @@ def spans_of(routing: Routing, plan: QueryPlan, starts: Tensor | None, device: t
     """
     if starts is None:
         return _plain_spans(routing, plan.first, device)
-    return _spans(routing, plan, starts, device)
+    return _padded_spans(routing, plan, starts, device)
 
 
 # All layers of a model take the same step.
@@ -101,6 +101,12 @@ def spans_of(routing: Routing, plan: QueryPlan, starts: Tensor | None, device: t
 def _plain_spans(routing: Routing, first: int, device: torch.device) -> Spans:
     none = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     return _spans(routing, plan_queries(routing, first, 1, None), none, device)
+
+
+# Likewise; plan and padding, which are found by what they are and not by what they hold, are made once too.
+@lru_cache(maxsize=64)
+def _padded_spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.device) -> Spans:
+    return _spans(routing, plan, starts, device)
 
 
 def _spans(routing: Routing, plan: QueryPlan, starts: Tensor, device: torch.device) -> Spans:

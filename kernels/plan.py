@@ -9,7 +9,7 @@ from torch import Tensor
 from hga_compile.configs.budget import Budget, Window
 from hga_compile.configs.routing import Routing
 
-__all__ = ["QueryPlan", "kept_chunks", "per_row", "plan_queries", "tokens_for"]
+__all__ = ["QueryPlan", "kept_chunks", "per_row", "plan_left_padded", "plan_queries", "tokens_for"]
 
 # The same guard against rounding up 0.07 * 100 as configs.budget has.
 _ROUNDING = 1.0 - 1e-12
@@ -98,6 +98,27 @@ def _plan_unmasked(routing: Routing, first: int, queries: int, every: int) -> Qu
     visible = torch.arange(first + 1, first + queries * every + 1, every, device="cpu")[None]
     start = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     return _plan(routing, first, every, visible, start, unpadded=True)
+
+
+# Likewise: a batch keeps its padding from step to step and from layer to layer.
+@lru_cache(maxsize=512)
+def plan_left_padded(routing: Routing, first: int, queries: int, starts: tuple[int, ...]) -> QueryPlan:
+    """Plan queries of sequences with padding on the left, as `plan_queries` does by a mask.
+
+    Parameters
+    ----------
+    routing : Routing
+        Budgets, sinks, window, `dense_below`.
+    first, queries : int
+        Position of the first query and their number.
+    starts : tuple of int
+        First real token of each sequence.
+    """
+    start = torch.tensor(starts, device="cpu")[:, None]
+    visible = (torch.arange(first + 1, first + queries + 1, device="cpu") - start).clamp(min=0)
+    # A sequence that has not begun is planned as one without padding that sees nothing.
+    start = start.masked_fill(start >= first + queries, 0)
+    return _plan(routing, first, 1, visible, start, unpadded=False)
 
 
 def _plan(

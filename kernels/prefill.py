@@ -111,7 +111,7 @@ def _shared_tiles(call: Call, size: int) -> Tensor:
     for first, count in pieces(call):
         call.count_visible(call.plan(first, count))
     needed = tiles.plan.last_window
-    starts = None if padding is None else padding.starts(call.length)
+    starts = None if padding is None else padding.starts
     keys = None
     if summary is not None and 0 < needed <= summary.groups:
         begun = None
@@ -166,7 +166,7 @@ def _record_tiles(call: Call, tiles: Tiles, number: int, groups: Tensor) -> None
     """Record which groups the queries of a run of tiles attended to."""
     size, rows = call.routing.group_size, groups.shape[1]
     starts = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
-    starts = (starts if call.padding is None else call.padding.starts(call.length)).to(groups.device)
+    starts = (starts if call.padding is None else call.padding.starts).to(groups.device)
     for place, listed in enumerate(groups.unbind(0)):
         tile = number + place
         many = per_row(tiles.listed[:, tile : tile + 1], rows, groups.device)[:, 0]

@@ -296,7 +296,7 @@ class LayerStore:
         if self.starts is None:
             return
         padding = Padding.of(key_mask, length)
-        shown = self.starts if padding is None else self.starts - padding.starts(length).flatten()
+        shown = self.starts if padding is None else self.starts - padding.starts.flatten()
         if bool((shown > 0).any()):
             raise RuntimeError(
                 f"the mask must hide {self.starts.tolist()} tokens of padding ahead of the requests that "

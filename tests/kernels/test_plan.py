@@ -1,12 +1,14 @@
 import math
+from dataclasses import fields
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hga_compile.configs.budget import Budget, Window
 from hga_compile.configs.routing import Routing
-from hga_compile.kernels.plan import plan_queries, tokens_for
+from hga_compile.kernels.plan import QueryPlan, plan_left_padded, plan_queries, tokens_for
 
 fractions = st.one_of(st.none(), st.floats(1e-3, 1.0), st.sampled_from([0.07, 0.03, 0.1, 1 / 3, 1.0]))
 tokens = st.one_of(st.none(), st.integers(1, 300))
@@ -115,6 +117,22 @@ def test_a_plan_does_not_depend_on_how_queries_are_cut() -> None:
         part = plan_queries(setting, first, queries, None)
         for name in ("visible", "dense", "sink_start", "sink_end", "window", "chosen", "chunks"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[:, first : first + queries]), name
+
+
+@pytest.mark.parametrize(("first", "queries"), [(0, 90), (40, 50), (89, 1)])
+def test_padding_on_the_left_is_planned_by_its_lengths_as_by_its_mask(first: int, queries: int) -> None:
+    setting = Routing(
+        budget=Budget(fraction=0.2, tokens=8), window=Window(fraction=0.3), dense_below=10, centre_tokens=4,
+        sinks=6, chunk_stage="on",
+    )  # fmt: skip
+    starts = (0, 7, 64, 89, 90)
+    mask = torch.arange(90) >= torch.tensor(starts)[:, None]
+    want, got = plan_queries(setting, first, queries, mask), plan_left_padded(setting, first, queries, starts)
+    for field in fields(QueryPlan):
+        one, other = getattr(want, field.name), getattr(got, field.name)
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other)), field.name
+    # All layers of a model get the same one.
+    assert plan_left_padded(setting, first, queries, starts) is got
 
 
 def test_a_mask_of_ones_plans_as_no_mask() -> None:
