@@ -21,13 +21,15 @@ class Engine(Protocol):
     call: Any
     """What is called: `model` or its compiled form."""
 
-    def start(self, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    def start(self, ids: torch.Tensor, new: int | None = None) -> tuple[Any, torch.Tensor]:
         """Return a new cache and the tokens that are still to be read.
 
         Parameters
         ----------
         ids
             Prompt, ``[batch, tokens]`` int64.
+        new
+            Tokens that follow it at most, for which room may be made at once; None: not known.
         """
 
     def reset(self) -> None:
@@ -65,8 +67,8 @@ class Dense:
         self.model = self.call = model
         self._cache: Any = None
 
-    def start(self, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """Return an empty `DynamicCache` and all tokens."""
+    def start(self, ids: torch.Tensor, new: int | None = None) -> tuple[Any, torch.Tensor]:
+        """Return an empty `DynamicCache`, which grows, and all tokens."""
         from transformers import DynamicCache
 
         self._cache = DynamicCache(config=self.model.config)
@@ -128,8 +130,10 @@ class Routed:
 
         hga_compile.reset_report(sites=True)
 
-    def start(self, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    def start(self, ids: torch.Tensor, new: int | None = None) -> tuple[Any, torch.Tensor]:
         """Return an `HGACache` that holds the first tokens, and the tokens behind them.
+
+        Where `new` is given it has room for all tokens from the start, unless the profile says for how many.
 
         The call that fills an empty cache would be a graph of its own. So the uncompiled model reads the
         first tokens, which see only each other.
@@ -138,12 +142,20 @@ class Routed:
 
         import hga_compile
 
-        cache = hga_compile.HGACache(self.model.config, profile=self.profile)
+        cache = hga_compile.HGACache(self.model.config, profile=self._roomy(ids.shape[1], new))
         first = min(OPENING, ids.shape[1] - 1)
         if first:
             with torch.no_grad():
                 self.model(input_ids=ids[:, :first], past_key_values=cache, use_cache=True)
         return cache, ids[:, first:]
+
+    def _roomy(self, prompt: int, new: int | None) -> Any:
+        """Return the profile of a cache for so many tokens; compiled code does not depend on it."""
+        from hga_compile.configs.loader import resolve_profile
+
+        if new is None or self.profile.offload.reserve_tokens is not None:
+            return self.profile
+        return resolve_profile({"profile": self.profile, "offload.reserve_tokens": prompt + new})
 
     def reset(self) -> None:
         """Forget what was counted so far; decisions stay."""

@@ -113,7 +113,7 @@ def generate(
     from hga_compile.cli.decode import Forward, Pace, greedy, prefill, stop_tokens
 
     forward = Forward(engine.call, engine.model)
-    cache, rest = engine.start(ids)
+    cache, rest = engine.start(ids, limit)
     reading, writing = Pace(str(ids.device)), Pace(str(ids.device))
     tokens: list[int] = []
     with torch.no_grad():

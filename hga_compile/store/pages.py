@@ -21,7 +21,7 @@ __all__ = ["Pages"]
 # Shares of the RAM that is left, of which a layer takes one at most before it needs it.
 _SHARES = 256
 # Tokens by which host memory grows past what was reserved.
-_BEYOND = 4096
+_BEYOND = 512
 # Tokens that a kernel moves to and from pinned memory itself; the copy engine moves more of them.
 _FEW = 64
 

@@ -36,6 +36,15 @@ def test_dense_reads_and_holds_everything(model: Any) -> None:
     assert engine.sites() is None
 
 
+@pytest.mark.parametrize(("said", "room"), [(None, 47), (64, 64)])
+def test_room_is_made_for_a_prompt_and_what_follows(model: Any, said: int | None, room: int) -> None:
+    engine = Routed(model, resolve_profile({**SMALL, "offload.reserve_tokens": said}), inner="eager")
+    for new, reserved in ((7, room), (None, said)):
+        cache, _ = engine.start(torch.arange(40)[None], new)
+        assert [layer.state.pages.place.reserve_tokens for layer in cache.layers] == [reserved] * 2
+    assert engine.profile.offload.reserve_tokens == said
+
+
 def test_routed_compiles_two_graphs_for_all_lengths_and_counts_what_it_reads(model: Any) -> None:
     engine = Routed(model, resolve_profile(SMALL), inner="eager")
     forward = Forward(engine.call, model)
