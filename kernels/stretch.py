@@ -1,6 +1,9 @@
-"""How many tokens a decode step goes for that is recorded once and replayed."""
+"""For how many tokens room is made: by a decode step that is recorded once, and past what was reserved."""
 
-__all__ = ["last_position"]
+__all__ = ["BEYOND", "last_position"]
+
+BEYOND = 512
+"""Tokens by which the host memory of a layer grows at most past those that were reserved."""
 
 # Tokens that a recorded graph has room for at least, and whole numbers of which it has room for.
 _ROOM, _STRETCH = 512, 2048

@@ -107,7 +107,8 @@ def plan_memory(
             pages, tails = pages + filed.file, tails + filed.tail
             slots[filed.page] = slots.get(filed.page, 0) + filed.file // filed.page
         else:
-            pages += _page_bytes(tokens, rows, stored, own.group_size, reserved)
+            in_ram = place == "host" or gpu.kind == "cpu"
+            pages += _page_bytes(tokens, rows, stored, own.group_size, reserved, in_ram)
         if offload.hot_cache and place == "host":
             hot += _hot_bytes(offload.hot_cache, own, tokens, rows, stored)
         index += _index_bytes(own, tokens, rows, shape.heads // shape.kv_heads, shape.head_dim, reserved)

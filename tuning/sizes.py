@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hga_compile.configs.profile import Offload
 from hga_compile.configs.routing import CENTRE_BLOCK, Routing
-from hga_compile.kernels.stretch import last_position
+from hga_compile.kernels.stretch import BEYOND, last_position
 
 __all__ = [
     "Filed",
@@ -37,7 +37,7 @@ def arrivals(context: int, step: int, decoded: int = 256) -> tuple[int, ...]:
     return (*range(step, prompt, step), *range(prompt, context + 1))
 
 
-def capacity(entries: Iterable[int], first: int = 0, least: int = 64) -> int:
+def capacity(entries: Iterable[int], first: int = 0, least: int = 64, most: int | None = None) -> int:
     """Return what a growing buffer has room for (see `kernels.summaries.grown` and `store.pages.Pages`).
 
     Parameters
@@ -48,11 +48,15 @@ def capacity(entries: Iterable[int], first: int = 0, least: int = 64) -> int:
         Entries that it is made for at once; 0: as many as are there, and slack.
     least : int
         Slack at least.
+    most : int or None
+        Slack at most, where `first` was not enough.
     """
     have = 0
     for used in entries:
         if used > have:
             slack = first if first and not have else have + have // 4 + least
+            if have and most is not None:
+                slack = min(slack, used + most)
             have = max(used, slack)
     return have
 
@@ -76,7 +80,9 @@ def stored_bytes(offload: Offload, row_bytes: int, dim: int) -> int:
     return 2 * dim + EXTRA
 
 
-def page_bytes(tokens: Sequence[int], rows: int, row_bytes: int, group_size: int, reserved: int = 0) -> int:
+def page_bytes(
+    tokens: Sequence[int], rows: int, row_bytes: int, group_size: int, reserved: int = 0, host: bool = True
+) -> int:
     """Return the bytes of one layer's pages.
 
     Parameters
@@ -91,9 +97,12 @@ def page_bytes(tokens: Sequence[int], rows: int, row_bytes: int, group_size: int
         Tokens of a page.
     reserved : int
         `offload.reserve_tokens`; 0: null.
+    host : bool
+        Whether they lie in host RAM.
     """
-    first = -(-reserved // group_size)
-    return capacity((-(-count // group_size) for count in tokens), first) * group_size * rows * row_bytes
+    groups, first = (-(-count // group_size) for count in tokens), -(-reserved // group_size)
+    most = BEYOND // group_size if reserved and host else None
+    return capacity(groups, first, most=most) * group_size * rows * row_bytes
 
 
 def index_bytes(

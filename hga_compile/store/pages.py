@@ -11,6 +11,7 @@ from hga_compile.kernels.fp8 import EXTRA, blank
 from hga_compile.kernels.gpu import load_rows, store_rows
 from hga_compile.kernels.hot import HotCache
 from hga_compile.kernels.staging import PIECE
+from hga_compile.kernels.stretch import BEYOND
 from hga_compile.store.host_memory import Lease
 from hga_compile.store.host_pins import Pins
 from hga_compile.store.host_range import HostRange
@@ -20,8 +21,6 @@ __all__ = ["Pages"]
 
 # Shares of the RAM that is left, of which a layer takes one at most before it needs it.
 _SHARES = 256
-# Tokens by which host memory grows past what was reserved.
-_BEYOND = 512
 # Tokens that a kernel moves to and from pinned memory itself; the copy engine moves more of them.
 _FEW = 64
 
@@ -130,7 +129,7 @@ class Pages:
             group = self.rows * self.group_size * (self.dim + self.v_dim) * self.dtype.itemsize
             slack = min(slack, needed + self._lease.memory.spare(self._lease.budget) // (_SHARES * group))
             if self.place.reserve_tokens:
-                slack = min(slack, needed + _BEYOND // self.group_size)  # what comes beyond them is little
+                slack = min(slack, needed + BEYOND // self.group_size)  # what comes beyond them is little
         self._grow(max(needed, slack))
 
     def truncate(self, length: int) -> None:
