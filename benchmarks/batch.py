@@ -19,73 +19,47 @@ are done, and a later call goes on with those that are missing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment
+from common import environment
 from rich.console import Console
 from rich.table import Table
 from wholemodel.batch_measuring import measure_batch
 from wholemodel.batches import BATCHES, BatchSetup, lengths_of
+from wholemodel.command import SETTINGS, common_parser, has_device, made, missing, named, settings_of
 from wholemodel.measuring import Plan
 from wholemodel.picture import draw_batches
 from wholemodel.planned import facts, planned
 from wholemodel.results import Results
-from wholemodel.shape import SHAPES, build, config_of
+from wholemodel.shape import config_of
 
 from hga_compile.configs.loader import resolve_profile
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    # Compiling a dense prefill takes minutes for each number of requests.
+    found = common_parser(__doc__, BATCHES, "batch", cap=40.0, steps=128, prefill="eager", limit=560.0)
     add = found.add_argument
-    add("--shape", default="qwen3-30b", choices=SHAPES)
-    add("--layers", type=int, help="the shape with its first so many layers, for trying")
-    add("--systems", default=",".join(BATCHES), help=f"some of {','.join(BATCHES)}")
     add("--context", type=int, default=32768, help="tokens of the longest prompt")
     add("--requests", default="1,4,16", help="numbers of requests at once")
     add("--shortest", type=float, default=0.5, help="tokens of the shortest prompt, as a share of these")
-    add("--cap", type=float, default=40.0, help="GiB of GPU memory")
-    add("--steps", type=int, default=128, help="decode steps that are timed")
-    add("--warmup", type=int, default=16, help="decode steps before these")
-    add("--step", type=int, help="prompt tokens a forward pass (default: by `hga plan`)")
-    add("--profile", default="default", help="of hga")
-    add("--set", action="append", default=[], metavar="FIELD=JSON", help="a setting of hga")
-    add("--inner", default="inductor", choices=("inductor", "eager"), help="compiles all but attention")
-    add(
-        "--dense-prefill",
-        default="eager",
-        choices=("inductor", "eager"),
-        help="compiles the prefill of the static cache, which takes minutes for each number of requests",
-    )
-    add("--patience", type=float, default=20.0, help="seconds of decode steps that are enough, if 16")
-    add("--limit", type=float, default=560.0, help="seconds for each point")
-    add("--fresh", action="store_true", help="forget the points in the file")
-    add("--device", default="cuda")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    add("--json", type=Path, default=RESULTS / "batch.json")
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("a CUDA device wanted, got none (--device cpu tries the command out)", file=sys.stderr)
+    if not has_device(device):
         return 1
-    names = [name for name in options.systems.split(",") if name]
-    unknown = [name for name in names if name not in BATCHES]
-    if unknown:
-        raise SystemExit(f"--systems has {', '.join(BATCHES)}, got {', '.join(unknown)}")
+    names = named(options.systems, BATCHES)
     if not 0 < options.shortest <= 1:
         raise SystemExit(f"--shortest is a share, above 0 and at most 1, got {options.shortest}")
     numbers = sorted(int(number) for number in options.requests.split(","))
     config, cap = config_of(options.shape, options.layers), int(options.cap * 2**30)
-    keys = ("context", "shortest", "steps", "warmup", "profile", "set", "inner", "dtype")
+    keys = ("context", "shortest", *SETTINGS)
     header = {
         "benchmark": "batch",
         "environment": environment(options.device),
@@ -94,15 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     results = Results(options.json, header, options.fresh, by="requests")
     code = str(header["environment"]["code"])
-    todo = [
-        (name, number)
-        for name in BATCHES
-        for number in numbers
-        if name in names and not results.has(name, number, code)
-    ]
-    if not todo:
-        print("every point is there already: --fresh measures them again", file=sys.stderr)
-    else:
+    todo = missing(names, BATCHES, numbers, results, code)
+    if todo:
         _run(options, config, device, cap, todo, results, code)
     draw_batches(results.points, options.json.with_suffix(".png"))
     show(results.points, str(header["environment"]["device"]))
@@ -114,13 +81,9 @@ def _run(
     options: argparse.Namespace, config: Any, device: torch.device, cap: int, todo: list[tuple[str, int]],
     results: Results, code: str,
 ) -> None:  # fmt: skip
-    torch._dynamo.config.recompile_limit = 64
-    # A model's floats do not change: they are none of the inputs that guards and calls pay for.
-    torch._dynamo.config.specialize_float = True
-    model = build(config, device, getattr(torch, options.dtype))
+    model = made(options, config, device)
     most, generator = max(number for _, number in todo), torch.Generator().manual_seed(0)
-    given = {key: json.loads(value) for key, value in (one.split("=", 1) for one in options.set)}
-    base = resolve_profile({"profile": options.profile, "offload.tier": "host", **given})
+    base = resolve_profile({"profile": options.profile, "offload.tier": "host", **settings_of(options)})
     kept: dict[str, Any] = {}
     before, context = "", options.context
     ids = torch.randint(config.vocab_size, (most, context), generator=generator).to(device)

@@ -17,23 +17,23 @@ compiled code from one context to the next where the code does not depend on it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment
+from common import environment
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
+from wholemodel.command import SETTINGS, common_parser, has_device, made, missing, named, settings_of
 from wholemodel.measuring import Plan, measure
 from wholemodel.picture import draw
 from wholemodel.planned import facts, planned
 from wholemodel.replay import Replay
 from wholemodel.results import Results
-from wholemodel.shape import SHAPES, build, config_of
+from wholemodel.shape import config_of
 from wholemodel.systems import SYSTEMS, Dense, Hga, Setup
 
 from hga_compile.configs.loader import resolve_profile
@@ -43,64 +43,26 @@ WHOLE = 65536  # tokens a step of a dense prefill whose memory is not capped: th
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    found = common_parser(__doc__, SYSTEMS, "headline", cap=32.0, steps=256, prefill="inductor", limit=300.0)
     add = found.add_argument
-    add("--shape", default="qwen3-30b", choices=SHAPES)
-    add("--layers", type=int, help="the shape with its first so many layers, for trying")
-    add("--systems", default=",".join(SYSTEMS), help=f"some of {','.join(SYSTEMS)}")
     add("--contexts", default="16384,65536,131072,262144", help="tokens of the prompt")
-    add("--cap", type=float, default=32.0, help="GiB of GPU memory for the systems that are capped")
-    add("--steps", type=int, default=256, help="decoded tokens that are timed")
-    add("--warmup", type=int, default=16, help="decoded tokens before these")
-    add("--step", type=int, help="prompt tokens a forward pass (default: by `hga plan`)")
-    add("--profile", default="default", help="of hga")
-    add("--set", action="append", default=[], metavar="FIELD=JSON", help="a setting of hga")
-    add(
-        "--inner",
-        default="inductor",
-        choices=("inductor", "eager"),
-        help="compiles all but attention",
-    )
-    add(
-        "--dense-prefill",
-        default="inductor",
-        choices=("inductor", "eager"),
-        help="compiles the prefill of the static cache",
-    )
     add("--replay", type=Path, action="append", default=[], metavar="FILE", help="recorded routes")
-    add("--patience", type=float, default=20.0, help="seconds of decoded tokens that are enough, if 16")
-    add("--limit", type=float, default=300.0, help="seconds for each point")
-    add("--fresh", action="store_true", help="forget the points in the file")
-    add("--device", default="cuda")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    add("--json", type=Path, default=RESULTS / "headline.json")
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("a CUDA device wanted, got none (--device cpu tries the command out)", file=sys.stderr)
+    if not has_device(device):
         return 1
-    names = [name for name in options.systems.split(",") if name]
-    unknown = [name for name in names if name not in SYSTEMS]
-    if unknown:
-        raise SystemExit(f"--systems has {', '.join(SYSTEMS)}, got {', '.join(unknown)}")
+    names = named(options.systems, SYSTEMS)
     contexts = sorted(int(context) for context in options.contexts.split(","))
     config = config_of(options.shape, options.layers)
     cap = int(options.cap * 2**30)
     header, results = _results(options, config, cap)
     code = str(header["environment"]["code"])
-    todo = [
-        (name, context)
-        for name in SYSTEMS
-        for context in contexts
-        if name in names and not results.has(name, context, code)
-    ]
-    if not todo:
-        print("every point is there already: --fresh measures them again", file=sys.stderr)
-    else:
+    todo = missing(names, SYSTEMS, contexts, results, code)
+    if todo:
         _run(options, config, device, cap, todo, results, code)
     draw(results.points, options.json.with_suffix(".png"), cap if device.type == "cuda" else None)
     show(results.points, str(header["environment"]["device"]))
@@ -109,8 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _results(options: argparse.Namespace, config: Any, cap: int) -> tuple[dict[str, Any], Results]:
-    keys = ("steps", "warmup", "profile", "set", "inner", "dtype")
-    settings = {key: getattr(options, key) for key in keys}
+    settings = {key: getattr(options, key) for key in SETTINGS}
     settings |= {"cap": cap, "replay": [path.name for path in options.replay]}
     header = {
         "benchmark": "headline",
@@ -125,10 +86,7 @@ def _run(
     options: argparse.Namespace, config: Any, device: torch.device, cap: int, todo: list[tuple[str, int]],
     results: Results, code: str,
 ) -> None:  # fmt: skip
-    torch._dynamo.config.recompile_limit = 64
-    # A model's floats do not change: they are none of the inputs that guards and calls pay for.
-    torch._dynamo.config.specialize_float = True
-    model = build(config, device, getattr(torch, options.dtype))
+    model = made(options, config, device)
     longest = max(context for _, context in todo)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, longest), generator=generator).to(device)
@@ -140,9 +98,9 @@ def _run(
             kept, before = {}, name
         profile, step = _settings(options, model, config, context, cap if entry.capped else None)
         plan = Plan(step, options.steps, options.warmup, options.limit, cap, options.patience)
-        pairs = (setting.split("=", 1) for setting in options.set)
-        given = {key: json.loads(value) for key, value in pairs}
-        setup = Setup(context, plan.new, profile, given, options.inner, options.dense_prefill, kept)
+        setup = Setup(
+            context, plan.new, profile, settings_of(options), options.inner, options.dense_prefill, kept
+        )
         print(f"{name} at {context:,} tokens, {step:,} a step", file=sys.stderr)
         maker = _replay_maker(options.replay, context + plan.new) if entry.routed else None
         point = measure(entry, model, ids[:, :context], setup, plan, maker)

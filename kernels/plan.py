@@ -86,7 +86,7 @@ def plan_queries(
         On the CPU. Shared between callers: not to be written to.
     """
     if key_mask is None:
-        return _plan_unmasked(routing, first, queries, every)
+        return plan_left_padded(routing, first, queries, (0,), every)
     visible = key_mask.cumsum(1)[:, first : first + queries * every : every]
     start = key_mask.to(torch.int8).argmax(1, keepdim=True)
     return _plan(routing, first, every, visible, start, unpadded=False)
@@ -94,15 +94,9 @@ def plan_queries(
 
 # All layers of a model plan the same queries: one tile or step is worked out once.
 @lru_cache(maxsize=512)
-def _plan_unmasked(routing: Routing, first: int, queries: int, every: int) -> QueryPlan:
-    visible = torch.arange(first + 1, first + queries * every + 1, every, device="cpu")[None]
-    start = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
-    return _plan(routing, first, every, visible, start, unpadded=True)
-
-
-# Likewise: a batch keeps its padding from step to step and from layer to layer.
-@lru_cache(maxsize=512)
-def plan_left_padded(routing: Routing, first: int, queries: int, starts: tuple[int, ...]) -> QueryPlan:
+def plan_left_padded(
+    routing: Routing, first: int, queries: int, starts: tuple[int, ...], every: int = 1
+) -> QueryPlan:
     """Plan queries of sequences with padding on the left, as `plan_queries` does by a mask.
 
     Parameters
@@ -112,13 +106,16 @@ def plan_left_padded(routing: Routing, first: int, queries: int, starts: tuple[i
     first, queries : int
         Position of the first query and their number.
     starts : tuple of int
-        First real token of each sequence.
+        First real token of each sequence; all 0: there is no padding.
+    every : int
+        Distance from one query to the next.
     """
     start = torch.tensor(starts, device="cpu")[:, None]
-    visible = (torch.arange(first + 1, first + queries + 1, device="cpu") - start).clamp(min=0)
+    end = first + queries * every
+    visible = (torch.arange(first + 1, end + 1, every, device="cpu") - start).clamp(min=0)
     # A sequence that has not begun is planned as one without padding that sees nothing.
-    start = start.masked_fill(start >= first + queries, 0)
-    return _plan(routing, first, 1, visible, start, unpadded=False)
+    start = start.masked_fill(start >= end, 0)
+    return _plan(routing, first, every, visible, start, unpadded=not any(starts))
 
 
 def _plan(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hga_compile.configs.profile import Offload
 from hga_compile.configs.routing import CENTRE_BLOCK, Routing
-from hga_compile.kernels.stretch import BEYOND, last_position
+from hga_compile.kernels.stretch import BEYOND, room_of
 
 __all__ = [
     "Filed",
@@ -126,7 +126,7 @@ def index_bytes(
     if not tokens:
         return 0
     group, chunk = routing.group_size, routing.chunk_size
-    room = last_position(reserved) if reserved else 0
+    room = room_of(reserved)
     if routing.summary == "lowbit":
         packed, coded = -(-dim * routing.bits // 8), [count - count % group for count in tokens]
         found = rows * (capacity((room, *coded), room) * (packed + 2) + dim * 4)

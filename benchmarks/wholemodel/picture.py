@@ -56,11 +56,7 @@ def draw(points: list[dict[str, Any]], target: Path, cap: int | None) -> None:
     else:
         speed.set_ylim(0, None)
     for axes in (memory, speed):
-        axes.set(xlabel="context, thousands of tokens", xscale="log")
-        ticks = sorted({one["context"] // 1024 or 1 for one in points})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        _ticked(axes, "context, thousands of tokens", {one["context"] // 1024 or 1 for one in points})
     speed.legend(fontsize=7)
     figure.savefig(target, dpi=150)
     plt.close(figure)
@@ -89,14 +85,20 @@ def draw_batches(points: list[dict[str, Any]], target: Path) -> None:
         axes.plot([one["requests"] for one in done], rates, "o-", label=mine[0]["label"], **drawn)
         short = [one["requests"] for one in mine if one["status"].startswith("out of")]
         axes.plot(short, [0] * len(short), "x", ms=9, mew=2, clip_on=False, **drawn)
-    ticks = sorted({one["requests"] for one in points})
-    axes.set(xlabel="requests at once", xscale="log", ylabel="decoded tokens/s, all requests", ylim=(0, None))
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+    axes.set(ylabel="decoded tokens/s, all requests", ylim=(0, None))
+    _ticked(axes, "requests at once", {one["requests"] for one in points})
     axes.legend(fontsize=8)
     figure.savefig(target, dpi=150)
     plt.close(figure)
+
+
+def _ticked(axes: Any, label: str, numbers: set[int]) -> None:
+    """Have a logarithmic axis with the numbers that were measured."""
+    ticks = sorted(numbers)
+    axes.set(xlabel=label, xscale="log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
 
 
 def _thousands(points: list[dict[str, Any]]) -> list[float]:

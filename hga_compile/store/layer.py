@@ -12,7 +12,7 @@ from hga_compile.kernels.routed import routed_attention
 from hga_compile.kernels.scoring import PLAIN, Scoring
 from hga_compile.kernels.site import SiteConfig
 from hga_compile.kernels.states import STATES
-from hga_compile.kernels.stretch import last_position
+from hga_compile.kernels.stretch import room_of
 from hga_compile.store.joined import Joined
 from hga_compile.store.lasting import lasting
 from hga_compile.store.recent import Recent, check_pair
@@ -285,8 +285,7 @@ class LayerStore:
             former.close()
         index = self.index
         if index is None or index.routing != site.routing or index.kernels != site.kernels:
-            reserved = self.place.reserve_tokens
-            room = 0 if reserved is None else last_position(reserved)
+            room = room_of(self.place.reserve_tokens)
             index = self.index = LayerIndex(site.routing, site.kernels, room)
             index.queries = self.noted
         return self.pages, index
